@@ -6,8 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from platformdirs import user_cache_path
 
 from taskvec.errors import InputError, MissingPackage, UnknownName
+from taskvec.progress import track
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,16 @@ def _converted(name: str) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     if importlib.util.find_spec("gguf") is None:
         raise MissingPackage("the package gguf, to read a GGUF model once", "it is not installed", "run: pip install gguf")
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    for _ in track(range(1), f"converting {gguf.name}, once", 1):
+        _rewrite(where, folder)
+
+
+def _rewrite(where: dict[str, Any], folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     with _quiet():
         # transformers refuses to save a model that it marks as quantised, so its weights move into a plain one.
         quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -117,14 +124,15 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bars and load reports."""
+    """Without transformers' bars and load reports (its GGUF reader draws one that obeys no switch)."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        with redirect_stderr(StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         if shown:

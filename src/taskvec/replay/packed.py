@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from taskvec.lm import LM, Encoded
-from taskvec.replay.plain import _logprob, _stack, ended
+from taskvec.replay.plain import ended, logprob, stack
 from taskvec.replay.trials import Answers, Ask, Budget, Trial
 from taskvec.replay.tree import ROOT, Segment, Tree
 from taskvec.vector import Edit, TaskVector
@@ -101,14 +101,14 @@ class Packed:
     @torch.no_grad()
     def answer(self, trials: Sequence[Trial], ask: Ask) -> Answers:
         """What `ask` wants of each trial. Labels and greedy answers grow on the trial's own segment."""
-        logits, labels, tokens = dict[int, Tensor](), dict[int, Tensor](), dict[int, list[int]]()
+        kept, labels, tokens = dict[int, Tensor](), dict[int, Tensor](), dict[int, list[int]]()
         states: dict[int, dict[str, Tensor]] = {}
         for tree, numbers, segments in self._chunks(trials):
             grown = tree.grow(segments, states=ask.states)
             here = [trials[i] for i in numbers]
             lasts = [out[-1] for out in grown.logits]
-            if ask.logits:
-                logits |= {i: last.float().cpu() for i, last in zip(numbers, lasts, strict=True)}
+            if ask.keep:
+                kept |= {i: ask.keep(i, last.float()).cpu() for i, last in zip(numbers, lasts, strict=True)}
             if ask.labels:
                 labels |= dict(zip(numbers, self._labels(grown.tree, grown.nodes, lasts, here, ask), strict=True))
             if ask.max_new:
@@ -118,8 +118,8 @@ class Packed:
                 states[i] = {str(s): found[s][0, place].float().cpu() for s in ask.states} if found is not None else {}
         order = range(len(trials))
         return Answers(
-            _stack([logits[i] for i in order if i in logits]),
-            _stack([labels[i] for i in order if i in labels]),
+            stack([kept[i] for i in order if i in kept]),
+            stack([labels[i] for i in order if i in labels]),
             [tokens[i] for i in order if i in tokens],
             {site: torch.stack([states[i][str(site)] for i in order]) for site in ask.states},
         )
@@ -165,7 +165,7 @@ class Packed:
         longer = [(t, label) for t in range(len(trials)) for label in ask.labels if len(label) > 1]
         segments = [_behind(nodes[t], label[:-1], trials[t].vector) for t, label in longer]
         outs = _grown_in_parts(tree, segments, self.budget)
-        rest = {key: _logprob(out, key[1][1:]) for key, out in zip(longer, outs, strict=True)}
+        rest = {key: logprob(out, key[1][1:]) for key, out in zip(longer, outs, strict=True)}
         rows = []
         for t, last in enumerate(lasts):
             logs = last.float().log_softmax(-1).cpu()

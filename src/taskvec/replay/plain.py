@@ -36,16 +36,16 @@ class Plain:
     @torch.no_grad()
     def answer(self, trials: Sequence[Trial], ask: Ask) -> Answers:
         """What `ask` wants of each trial."""
-        logits, labels, tokens, states = [], [], list[list[int]](), list[dict[Site, Tensor]]()
+        kept, labels, tokens, states = list[Tensor](), list[Tensor](), list[list[int]](), list[dict[Site, Tensor]]()
         for start in range(0, len(trials), self.rows):
             part = list(trials[start : start + self.rows])
             outs, seen = self._forward(part, ask.states)
-            logits += [out[0].float().cpu() for out in outs] if ask.logits else []
+            kept += [ask.keep(start + i, out[0].float()).cpu() for i, out in enumerate(outs)] if ask.keep else []
             labels += [self._labels(trial, ask.labels) for trial in part] if ask.labels else []
             tokens += self._greedy(part, ask) if ask.max_new else []
             states.append(seen)
         joined = {site: torch.cat([seen[site] for seen in states]) for site in ask.states}
-        return Answers(_stack(logits), _stack(labels), tokens, joined)
+        return Answers(stack(kept), stack(labels), tokens, joined)
 
     def _forward(self, trials: Sequence[Trial], states: Sequence[Site] = ()) -> tuple[list[Tensor], dict[Site, Tensor]]:
         whole = [self.prompts[t.prompt].followed_by(t.continuation) if t.continuation else self.prompts[t.prompt] for t in trials]
@@ -61,7 +61,7 @@ class Plain:
     def _labels(self, trial: Trial, labels: Sequence[tuple[int, ...]]) -> Tensor:
         trials = [Trial(trial.prompt, trial.vector, label[:-1]) for label in labels]
         outs = [out for _, part in self.batches(trials) for out in part]
-        return torch.stack([_logprob(out, label) for out, label in zip(outs, labels, strict=True)])
+        return torch.stack([logprob(out, label) for out, label in zip(outs, labels, strict=True)])
 
     def _greedy(self, trials: Sequence[Trial], ask: Ask) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in trials]
@@ -82,11 +82,11 @@ def ended(lm: LM, answer: Sequence[int], ask: Ask) -> bool:
     return answer[-1] in lm.end_ids or ask.done(lm.decode(answer))
 
 
-def _logprob(logits: Tensor, label: Sequence[int]) -> Tensor:
+def logprob(logits: Tensor, label: Sequence[int]) -> Tensor:
     """Summed log-probability of a label's tokens, given the logits before each of them."""
     logs = logits.float().log_softmax(-1)
     return logs[torch.arange(len(label)), torch.tensor(label, device=logs.device)].sum().cpu()
 
 
-def _stack(rows: Sequence[Tensor]) -> Tensor:
+def stack(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(rows)) if rows else torch.zeros(0, 0)

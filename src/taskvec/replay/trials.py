@@ -22,10 +22,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Ask:
-    """What is wanted of each trial: the last prompt token's logits; each label's summed log-probability; a greedy answer of at
-    most `max_new` tokens that ends at an end token or where `done(text)` holds; states at the last prompt token."""
+    """What is wanted of each trial.
 
-    logits: bool = False
+    `keep(i, logits)`: what to keep of trial i's logits (V,) at the last prompt token, a tensor of one shape for all trials;
+    `labels`: the summed log-probability of each; `max_new`: a greedy answer of at most so many tokens, which ends at an end
+    token or where `done(text)` holds; `states`: these sites at the last prompt token.
+    """
+
+    keep: Callable[[int, Tensor], Tensor] | None = None
     labels: tuple[tuple[int, ...], ...] = ()
     max_new: int = 0
     done: Callable[[str], bool] = field(default=lambda text: False)
@@ -36,7 +40,7 @@ class Ask:
 class Answers:
     """One row per trial, in their order, float32 on the CPU. What was not asked for is empty."""
 
-    logits: Float[Tensor, "n V"]
+    kept: Float[Tensor, "n ..."]
     label_logprobs: Float[Tensor, "n L"]
     tokens: list[list[int]]
     states: dict[Site, Float[Tensor, "n w"]]

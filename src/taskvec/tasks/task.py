@@ -24,7 +24,8 @@ def answer_nll(logits: Any, target: Any) -> Any:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What a task's splits share: its name, format, number of shots, labels (None: an open task), loss, data hash."""
+    """What a task's splits share: its name, format, number of shots, labels (None: an open task), loss, data hash, and the
+    distinct outputs that occur (sorted: they say what answers look like, not which input has which)."""
 
     name: str
     format: PromptFormat = field(default_factory=lambda: PromptFormat.named("qa"))
@@ -32,6 +33,7 @@ class TaskSpec:
     labels: tuple[str, ...] | None = None
     loss: Loss = answer_nll
     data_hash: str = ""
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Task:
     @classmethod
     def from_examples(cls, spec: TaskSpec, examples: Sequence[Example], *, n_test: int = 100) -> "Task":
         """Check the examples and cut them. Raises `DataError` where they are too few or repeat an input."""
-        spec = replace(spec, data_hash=_data_hash(examples, spec.labels))
+        outputs = spec.labels or tuple(sorted({example.output for example in examples}))
+        spec = replace(spec, data_hash=_data_hash(examples, spec.labels), outputs=outputs)
         _check(spec, examples)
         if n_test < 1:
             raise InputError("at least one test item", f"n_test = {n_test}", "raise --n-test")

@@ -1,0 +1,20 @@
+"""Scores: one split, one vector, one row. And what fitting needs of them: choices on dev, costs, origins."""
+
+from taskvec.evaluate.choose import choose
+from taskvec.evaluate.controls import random_like
+from taskvec.evaluate.fitting import Fitting, single
+from taskvec.evaluate.observe import Condition, Observation, encode_answers, observe
+from taskvec.evaluate.score import score, score_observed
+
+__all__ = [
+    "Condition",
+    "Fitting",
+    "Observation",
+    "choose",
+    "encode_answers",
+    "observe",
+    "random_like",
+    "score",
+    "score_observed",
+    "single",
+]

@@ -1,0 +1,56 @@
+"""Choosing on dev, inside a fit: many candidate vectors on the same prompts, by replay."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from taskvec.evaluate.observe import encode_answers
+from taskvec.lm import LM
+from taskvec.prompts import Example
+from taskvec.replay import Ask, Trial, replay
+from taskvec.replay.trials import first_edited
+from taskvec.tasks import Dev
+from taskvec.vector import TaskVector
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best candidate's place, and each candidate's dev accuracy and mean log-probability of the first gold token."""
+
+    best: int
+    accuracy: tuple[float, ...]
+    logprob: tuple[float, ...]
+
+
+def choose(
+    lm: LM, dev: Dev, candidates: Sequence[TaskVector], *, shown: Sequence[Example] = (), limit: int | None = None
+) -> Choice:
+    """The candidate with the highest accuracy on the first `limit` dev items; ties by log-probability, then by order.
+
+    Label accuracy where the task has labels, else exact greedy answers. The prompts are run once; each candidate then
+    costs its edited tokens and its answers.
+    """
+    dev = replace(dev, examples=dev.examples[:limit])
+    prompts = [lm.encode(dev.spec.format.prompt(example.input, shown)) for example in dev.examples]
+    golds, labels, longest = encode_answers(lm, dev, shown)
+    trials = [Trial(i, vector) for vector in candidates for i in range(len(prompts))]
+    starts = [min(first_edited(prompt, vector) for vector in candidates) for prompt in prompts]
+    ends = dev.spec.format.terminator
+
+    def gold_logprob(trial: int, logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1)[golds[trials[trial].prompt][0]]
+
+    greedy = 0 if labels else longest
+    ask = Ask(keep=gold_logprob, labels=labels, max_new=greedy, done=lambda text: ends in text)
+    answers = replay(lm, prompts, starts=starts).answer(trials, ask)
+    wanted = [dev.examples[trial.prompt].output for trial in trials]
+    if dev.spec.labels:
+        got = [dev.spec.labels[int(i)] for i in answers.label_logprobs.argmax(-1)]
+    else:
+        got = [dev.spec.format.cut(lm.decode(tokens)) for tokens in answers.tokens]
+    hits = torch.tensor([a == b for a, b in zip(got, wanted, strict=True)]).float().reshape(len(candidates), -1).mean(1)
+    logs = answers.kept.reshape(len(candidates), -1).mean(1)
+    best = max(range(len(candidates)), key=lambda c: (float(hits[c]), float(logs[c]), -c))
+    return Choice(best, tuple(hits.tolist()), tuple(logs.tolist()))

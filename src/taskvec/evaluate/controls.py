@@ -1,0 +1,73 @@
+"""The control that stands beside every vector: random directions of equal norm. Shapes: n tokens, w width."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.lm import LM, Encoded
+from taskvec.sites import Site
+from taskvec.vector import Edit, Op, Origin, TaskVector, VectorSource
+from taskvec.vector.ops import like
+
+
+@dataclass(frozen=True, eq=False)
+class Nudge(Op):
+    """h + |op(h) - h| u with a unit vector u: as far as `op` moves h, in another direction."""
+
+    direction: Float[Tensor, " w"]
+    op: Op
+
+    def apply(self, h: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        distance = (self.op.apply(h) - h).norm(dim=-1, keepdim=True)
+        return h + distance * like(self.direction, h)
+
+
+@dataclass(frozen=True, eq=False)
+class RandomLike:
+    """A vector source: for each prompt and edit an isotropic direction of the norm the original edit has there.
+
+    Defined for every op and every source. The directions depend on the seed, the prompt and the edit's place only.
+    """
+
+    original: TaskVector | VectorSource
+    seed: int
+
+    @property
+    def origin(self) -> Origin | None:
+        """The original's, under the method name `random`."""
+        origin = self.original.origin
+        return None if origin is None else origin.model_copy(update={"method": "random"})
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The original's."""
+        return self.original.sites
+
+    def vectors(self, lm: LM, prompts: Sequence[Encoded]) -> list[TaskVector | None]:
+        """One random vector per prompt."""
+        if isinstance(self.original, TaskVector):
+            originals: Sequence[TaskVector | None] = [self.original] * len(prompts)
+        else:
+            originals = self.original.vectors(lm, prompts)
+        return [self._nudged(vector, prompt) for vector, prompt in zip(originals, prompts, strict=True)]
+
+    def _nudged(self, vector: TaskVector | None, prompt: Encoded) -> TaskVector | None:
+        if vector is None:
+            return None
+        key = f"{self.seed} {prompt.ids} {prompt.embeds.tolist() if prompt.embeds is not None else ''}"
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1)
+        return TaskVector(tuple(_nudge(edit, generator) for edit in vector.edits), self.origin)
+
+
+def random_like(original: TaskVector | VectorSource, *, seed: int) -> RandomLike:
+    """The random control of a vector or a source."""
+    return RandomLike(original, seed)
+
+
+def _nudge(edit: Edit, generator: torch.Generator) -> Edit:
+    direction = torch.randn(edit.op.width, generator=generator)
+    return replace(edit, op=Nudge(direction / direction.norm(), edit.op))

@@ -1,0 +1,93 @@
+"""What every fit shares: one task or many, its demonstrations and queries, its cost, its origin, states by replay."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.errors import InputError
+from taskvec.lm import LM
+from taskvec.lm.model import Meter
+from taskvec.prompts import Example
+from taskvec.replay import Ask, Trial, replay
+from taskvec.sites import Site
+from taskvec.tasks import Dev, Train
+from taskvec.vector import Cost, ModelId, Origin
+from taskvec.vector.origin import FormatRecord
+
+VERSIONS = ("taskvec", "torch", "transformers")
+
+
+def single(train: Train | Sequence[Train], dev: Dev | Sequence[Dev]) -> tuple[Train, Dev]:
+    """The one task a single-task method was given. Raises `InputError` for several."""
+    trains = [train] if isinstance(train, Train) else list(train)
+    devs = [dev] if isinstance(dev, Dev) else list(dev)
+    if len(trains) != 1 or len(devs) != 1:
+        raise InputError("one task", f"{len(trains)} train and {len(devs)} dev splits", "fit one vector per task")
+    return trains[0], devs[0]
+
+
+@dataclass(eq=False)
+class Fitting:
+    """One fit in progress: the seed's demonstrations, and what has been spent so far."""
+
+    lm: LM
+    method: Any
+    train: Train
+    seed: int
+    demos: tuple[Example, ...]
+    meter: Meter
+    started: float = field(default_factory=time.perf_counter)
+    labels: int = 0
+    queries: int = 0
+
+    @classmethod
+    @contextmanager
+    def of(cls, lm: LM, method: Any, train: Train, *, seed: int) -> Iterator["Fitting"]:
+        """Start the clock and the token count. The demonstrations' labels count as read."""
+        demos = train.demonstrations(seed=seed)
+        with lm.metered() as meter:
+            yield cls(lm, method, train, seed, demos, meter, labels=len(demos))
+
+    def states(
+        self, examples: Sequence[Example], sites: Sequence[Site], *, shown: Sequence[Example] = ()
+    ) -> Mapping[Site, Float[Tensor, "n w"]]:
+        """The states at the last prompt token of each example's prompt behind the demonstrations `shown`."""
+        format = self.train.spec.format
+        prompts = [self.lm.encode(format.prompt(example.input, shown)) for example in examples]
+        return replay(self.lm, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
+
+    def origin(self, *, prompt: Literal["zero-shot", "few-shot"] = "zero-shot") -> Origin:
+        """The origin of the vector that was fitted."""
+        spec = self.train.spec
+        seconds = time.perf_counter() - self.started
+        return Origin(
+            method=self.method.name,
+            hyperparameters=_plain(asdict(self.method)),
+            model=ModelId(id=self.lm.id, revision=self.lm.revision, fingerprint=self.lm.fingerprint),
+            tokenizer_hash=self.lm.tokenizer_hash,
+            format=FormatRecord.of(spec.format),
+            task=spec.name,
+            data_hash=spec.data_hash,
+            labels=spec.labels,
+            seed=self.seed,
+            demos=self.demos,
+            prompt=prompt,
+            max_new_tokens=self._longest(),
+            cost=Cost(labels=self.labels, queries=self.queries, tokens=self.meter.tokens, seconds=seconds),
+            versions={name: version(name) for name in VERSIONS},
+        )
+
+    def _longest(self) -> int:
+        from taskvec.evaluate.observe import first_tokens
+
+        return max(len(ids) for ids in first_tokens(self.lm, self.train, terminator=True))
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}

@@ -1,0 +1,107 @@
+"""Running a split under a condition, once: everything the scores are computed from."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.errors import VectorMismatch
+from taskvec.hooks import check_fits
+from taskvec.lm import LM, Encoded
+from taskvec.prompts import Example
+from taskvec.replay import Ask, Packed, Plain, Trial, replay
+from taskvec.replay.trials import first_edited
+from taskvec.tasks import Split, TaskSpec
+from taskvec.vector import Adapted, Origin, TaskVector, VectorSource
+
+Condition = TaskVector | VectorSource | Adapted | None
+"""What is scored: a vector, a source, an adapted rival; None is the bare zero-shot prompt."""
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What a condition gave on a split. Shapes: n examples, V vocabulary, L labels. `texts` are the cut greedy answers."""
+
+    split: Split
+    prompts: tuple[Encoded, ...]
+    logits: Float[Tensor, "n V"]
+    label_logprobs: Float[Tensor, "n L"]
+    texts: tuple[str, ...]
+    golds: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def labels(self) -> tuple[str, ...] | None:
+        """The likeliest label of each example (None for an open task)."""
+        names = self.split.spec.labels
+        return None if names is None else tuple(names[int(i)] for i in self.label_logprobs.argmax(-1))
+
+    @property
+    def predictions(self) -> tuple[str, ...]:
+        """The label where there are labels, else the cut answer: what `agreement` compares."""
+        return self.labels if self.labels is not None else self.texts
+
+
+def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
+    """Run every example of a split under a condition: logits at the last prompt token, labels, greedy answers.
+
+    Raises `VectorMismatch` for a vector of another model or another template.
+    """
+    origin = condition.origin if condition is not None else None
+    check_template(split.spec, origin)
+    if not isinstance(condition, Adapted):
+        check_fits(lm, condition)
+    shown = origin.shown if origin is not None else ()
+    prompts = tuple(lm.encode(split.spec.format.prompt(example.input, shown)) for example in split.examples)
+    golds, labels, longest = encode_answers(lm, split, shown)
+    ends = split.spec.format.terminator
+    ask = Ask(keep=lambda _, row: row, labels=labels, max_new=longest, done=lambda text: ends in text)
+    with condition.applied(lm) if isinstance(condition, Adapted) else nullcontext():
+        engine, trials = _engine(lm, prompts, condition)
+        answers = engine.answer(trials, ask)
+    texts = tuple(split.spec.format.cut(lm.decode(tokens)) for tokens in answers.tokens)
+    return Observation(split, prompts, answers.kept, answers.label_logprobs, texts, golds)
+
+
+def encode_answers(
+    lm: LM, split: Split, shown: Sequence[Example] = ()
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], int]:
+    """(each example's answer with its terminator, each label without, how many tokens the task's longest answer has)."""
+    spec = split.spec
+    prompts = [spec.format.prompt(example.input, shown) for example in split.examples]
+    golds = tuple(
+        lm.answer_ids(prompt, example.output, spec.format, terminator=True)
+        for prompt, example in zip(prompts, split.examples, strict=True)
+    )
+    labels = tuple(lm.answer_ids(prompts[0], name, spec.format, terminator=False) for name in spec.labels or ())
+    return golds, labels, max(len(ids) for ids in first_tokens(lm, split, terminator=True))
+
+
+def first_tokens(lm: LM, split: Split, *, terminator: bool = False) -> list[tuple[int, ...]]:
+    """The tokens of each of the task's distinct outputs, behind a zero-shot prompt."""
+    prompt = split.spec.format.prompt(split.examples[0].input)
+    return [lm.answer_ids(prompt, output, split.spec.format, terminator=terminator) for output in split.spec.outputs]
+
+
+def check_template(spec: TaskSpec, origin: Origin | None) -> None:
+    """Refuse a vector that was made under another prompt format."""
+    if origin is not None and origin.format.hash != spec.format.hash:
+        raise VectorMismatch(
+            f"a vector made for the template {spec.format.template!r} (instruction {spec.format.instruction!r})",
+            f"one for {origin.format.template!r} (instruction {origin.format.instruction!r})",
+            "use the vector's own format, or compile the task again",
+        )
+
+
+def _engine(lm: LM, prompts: Sequence[Encoded], condition: Condition) -> tuple[Packed | Plain, list[Trial]]:
+    if isinstance(condition, Adapted):  # nothing was proved about an adapted model: the plain way
+        return Plain(lm, prompts), [Trial(i) for i in range(len(prompts))]
+    vectors: Sequence[TaskVector | None]
+    if isinstance(condition, VectorSource):
+        vectors = condition.vectors(lm, prompts)
+    else:
+        vectors = [condition] * len(prompts)
+    starts = [first_edited(prompt, vector) for prompt, vector in zip(prompts, vectors, strict=True)]
+    return replay(lm, prompts, starts=starts), [Trial(i, vector) for i, vector in enumerate(vectors)]

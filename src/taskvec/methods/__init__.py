@@ -1,0 +1,94 @@
+"""Every method by name. Names are listed without importing a method; a third party adds one through an entry point.
+
+A method is a frozen dataclass of hyper-parameters with a class variable `name` and `fit`. A package registers its own with
+
+    [project.entry-points."taskvec.methods"]
+    my-method = "my_package.my_module:MyMethod"
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints, runtime_checkable
+
+from taskvec.errors import InputError, UnknownName
+
+if TYPE_CHECKING:
+    from taskvec.evaluate import Condition
+    from taskvec.lm import LM
+    from taskvec.tasks import Dev, Train
+
+METHODS = {
+    "zero-shot": "taskvec.methods.prompted:ZeroShot",
+    "few-shot": "taskvec.methods.prompted:FewShot",
+    "mean-difference": "taskvec.methods.mean_difference:MeanDifference",
+    "hendel": "taskvec.methods.hendel:HendelTaskVector",
+    "linear": "taskvec.methods.linear:LinearTaskVector",
+    "learned": "taskvec.methods.learned:LearnedTaskVector",
+}
+CONTROLS = ("zero-shot", "few-shot", "mean-difference", "random")
+"""What stands in every table. `random` is no method: it is made from the vector it is matched to."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Hyper-parameters and `fit`. The dataclass fields are the documentation, the provenance and the options."""
+
+    name: ClassVar[str]
+
+    def fit(
+        self, lm: "LM", train: "Train | Sequence[Train]", dev: "Dev | Sequence[Dev]", *, seed: int = 0
+    ) -> "Condition":
+        """Fit on train, choose on dev, of one task or of many: a vector, a vector source, or an adapted rival."""
+        ...
+
+
+def names() -> list[str]:
+    """All methods' names, those of third parties last."""
+    return [*METHODS, *sorted(entry.name for entry in _entries() if entry.name not in METHODS)]
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method. Raises `UnknownName`."""
+    target = METHODS.get(name) or next((entry.value for entry in _entries() if entry.name == name), None)
+    if target is None:
+        raise UnknownName("a method", repr(name), f"name one of: {', '.join(names())}, random")
+    module, _, attribute = target.partition(":")
+    method: type[Method] = getattr(import_module(module), attribute)
+    return method
+
+
+def make(name: str, settings: dict[str, str] | None = None) -> Method:
+    """A method with some of its fields set from text, as `--set METHOD.FIELD=VALUE` gives them.
+
+    >>> make("learned", {"layer": "12"}).layer
+    12
+    """
+    method = get(name)
+    hints = get_type_hints(method)
+    known = {f.name: hints[f.name] for f in fields(method) if f.init} if is_dataclass(method) else {}
+    values: dict[str, Any] = {}
+    for field_name, text in (settings or {}).items():
+        if field_name not in known:
+            raise InputError(f"a field of {name}: {', '.join(known) or 'it has none'}", repr(field_name), "mend --set")
+        values[field_name] = _parsed(text, known[field_name], f"{name}.{field_name}")
+    return method(**values)
+
+
+def _entries() -> Any:
+    return entry_points(group="taskvec.methods")
+
+
+def _parsed(text: str, hint: Any, place: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    kinds = get_args(hint) or (hint,)
+    if text.lower() in ("none", "null", "") and type(None) in kinds:
+        return None
+    value: Any = [part.strip() for part in text.split(",")] if "," in text else text
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        found = error.errors()[0]["msg"]
+        raise InputError(f"a value of type {hint} for {place}", f"{text!r} ({found})", "mend --set") from None

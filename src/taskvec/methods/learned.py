@@ -1,0 +1,204 @@
+"""Learned task vector (Yang, Cho, Ding, Inoue, arXiv 2509.24169): a vector trained by gradient, the model frozen.
+
+    min over theta of E[ -log p(answer | query, theta at layers L and positions P) ]          (eq. 3)
+
+One theta per layer and position, added to the residual stream; multi-token answers by the mean over their tokens.
+
+Each step is a replay: the prompts up to their first edited token are run once for the whole fit, a step costs the edited
+tokens and the answers. A sweep over layers is one run: one position per (prompt, layer); after each check on dev the worse
+half of the layers goes, until two are left.
+
+Where we differ, on purpose: the whole answer *with its terminator* is trained (else the vector does not know when to stop);
+`resid[l]` is the output of block l (the released code adds to its input); the learning rate is 0.01 x the rms of the site by
+default, because one number cannot serve residual streams whose scale differs by orders of magnitude (`LearnedTaskVector.
+paper()` and `.code()` are the published 1e-3 and 5e-3); zero init; layer and early stop on dev, which is not test.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from taskvec.errors import InputError
+from taskvec.evaluate import Fitting, choose, encode_answers, single
+from taskvec.lm import LM
+from taskvec.progress import track
+from taskvec.replay import Packed, Plain, Trial, replay
+from taskvec.sites import Site
+from taskvec.tasks import Dev, Split, Train
+from taskvec.vector import Add, Edit, TaskVector, Where
+
+
+@dataclass(frozen=True)
+class LearnedTaskVector:
+    """Fields.
+
+    - `layer`: one layer; several (a vector at each, trained together); None: a sweep over `sweep` layers, one at a time.
+    - `positions`: tokens counted from the prompt's end.
+    - `prompt`: train and use it on zero-shot prompts, or on top of the few-shot prompt.
+    - `lr`: AdamW's learning rate; None: `lr_rms` x the root mean square of the site's clean activations.
+    - `steps`, `batch`: at most so many steps over so many prompts each; `queries`: training examples at most.
+    - `check`: steps between looks at dev; `patience`: looks without a lower dev loss before it stops.
+    - `weight_decay`, `init`: AdamW's, and theta ~ U(-init, init). `n_dev`: dev items used.
+    """
+
+    name: ClassVar[str] = "learned"
+    layer: int | tuple[int, ...] | None = None
+    sweep: int = 6
+    positions: tuple[int, ...] = (-1,)
+    prompt: Literal["zero-shot", "few-shot"] = "zero-shot"
+    lr: float | None = None
+    lr_rms: float = 0.01
+    steps: int = 80
+    batch: int = 24
+    queries: int = 256
+    check: int = 10
+    patience: int = 2
+    weight_decay: float = 0.01
+    init: float = 0.0
+    n_dev: int = 40
+
+    @classmethod
+    def paper(cls, **fields: Any) -> "LearnedTaskVector":
+        """The paper's text: learning rate 1e-3, init U(-0.1, 0.1), batch 1, up to 1000 steps."""
+        return cls(**{"lr": 1e-3, "init": 0.1, "batch": 1, "steps": 1000, "check": 100, **fields})
+
+    @classmethod
+    def code(cls, **fields: Any) -> "LearnedTaskVector":
+        """The released code: as the paper, with learning rate 5e-3."""
+        return cls.paper(**{"lr": 5e-3, **fields})
+
+    def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
+        """Train, choose the layer and the step on dev."""
+        train, dev = single(train, dev)
+        self._check(lm)
+        with Fitting.of(lm, self, train, seed=seed) as fitting:
+            shown = fitting.demos if self.prompt == "few-shot" else ()
+            examples = train.queries(fitting.demos, self.queries, seed=seed)
+            kept = replace(dev, examples=dev.examples[: self.n_dev])
+            fitting.labels += len(examples) + len(kept)
+            data = _Data.of(lm, replace(train, examples=examples), shown, self.positions)
+            looks = _Data.of(lm, kept, shown, self.positions)
+            generator = torch.Generator().manual_seed(seed)
+            scale = self._rates(fitting, examples, shown)
+            runs = [_Run(self, lm, layers, scale, generator) for layers in self._candidates(lm)]
+            for step in track(range(self.steps), "learned", self.steps):
+                picked = torch.randperm(len(examples), generator=generator)[: self.batch].tolist()
+                data.descend(runs, picked)
+                if (step + 1) % self.check == 0 or step + 1 == self.steps:
+                    runs = _survivors(runs, looks.losses(runs))
+                if all(run.stopped(self.patience) for run in runs):
+                    break
+            vectors = [run.best for run in runs]
+            best = choose(lm, kept, vectors, shown=shown).best if len(vectors) > 1 else 0
+            return TaskVector(vectors[best].edits, fitting.origin(prompt=self.prompt))
+
+    def _check(self, lm: LM) -> None:
+        if self.steps < 1 or self.batch < 1 or self.queries < 1 or self.check < 1:
+            raise InputError("steps, batch, queries and check of at least 1", str(self), "raise them")
+        if not self.positions or any(p >= 0 for p in self.positions):
+            raise InputError("positions counted from the prompt's end (-1 is the last token)", str(self.positions), "mend them")
+        for layers in self._candidates(lm):
+            for layer in layers:
+                lm.point(Site("resid", layer))
+
+    def _candidates(self, lm: LM) -> list[tuple[int, ...]]:
+        if isinstance(self.layer, tuple):
+            return [self.layer]
+        if self.layer is not None:
+            return [(self.layer,)]
+        spread = torch.linspace(0, lm.n_layers - 1, min(self.sweep, lm.n_layers) + 2).round().long().tolist()[1:-1]
+        return [(layer,) for layer in dict.fromkeys(spread)]
+
+    def _rates(self, fitting: Fitting, examples: Sequence[Any], shown: Sequence[Any]) -> dict[int, float]:
+        layers = sorted({layer for layers in self._candidates(fitting.lm) for layer in layers})
+        if self.lr is not None:
+            return dict.fromkeys(layers, self.lr)
+        states = fitting.states(examples[: self.batch], [Site("resid", layer) for layer in layers], shown=shown)
+        return {site.layer: self.lr_rms * float(h.square().mean().sqrt()) for site, h in states.items() if site.layer is not None}
+
+
+class _Run:
+    """One candidate: its thetas, its optimiser, and its best state so far by dev loss."""
+
+    def __init__(
+        self, method: LearnedTaskVector, lm: LM, layers: tuple[int, ...], rates: dict[int, float], generator: torch.Generator
+    ) -> None:
+        places = [(layer, position) for layer in layers for position in method.positions]
+        width = lm.width(Site("resid", layers[0]))
+        self.thetas = [
+            ((torch.rand(width, generator=generator) * 2 - 1) * method.init).to(lm.device).requires_grad_() for _ in places
+        ]
+        groups = [{"params": [t], "lr": rates[layer]} for t, (layer, _) in zip(self.thetas, places, strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=method.weight_decay)
+        self.places = places
+        self.vector = self._vector(self.thetas)
+        self.best, self.best_loss, self.misses = self._vector([t.detach().clone() for t in self.thetas]), float("inf"), 0
+
+    def _vector(self, thetas: Sequence[Tensor]) -> TaskVector:
+        wheres = [Where() if p == -1 else Where("at", positions=(p,)) for _, p in self.places]
+        sites = [Site("resid", layer) for layer, _ in self.places]
+        return TaskVector(tuple(Edit(s, Add(t), w) for s, t, w in zip(sites, thetas, wheres, strict=True)))
+
+    def look(self, loss: float) -> None:
+        """Keep the thetas if this dev loss is the lowest."""
+        self.misses += 1
+        if loss < self.best_loss:
+            self.best_loss, self.misses = loss, 0
+            self.best = self._vector([t.detach().cpu().clone() for t in self.thetas])
+
+    def stopped(self, patience: int) -> bool:
+        """No lower dev loss for so many looks?"""
+        return self.misses >= patience
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """A split's prompts in an engine, and its answers' tokens."""
+
+    engine: Packed | Plain
+    targets: tuple[tuple[int, ...], ...]
+    loss: Any
+    device: torch.device
+
+    @classmethod
+    def of(cls, lm: LM, split: Split, shown: Sequence[Any], positions: Sequence[int]) -> "_Data":
+        prompts = [lm.encode(split.spec.format.prompt(example.input, shown)) for example in split.examples]
+        starts = [max(0, p.prompt_length + min(positions)) for p in prompts]
+        targets, _, _ = encode_answers(lm, split, shown)
+        return cls(replay(lm, prompts, starts=starts, keep=True), targets, split.spec.loss, lm.device)
+
+    def descend(self, runs: Sequence[_Run], picked: Sequence[int]) -> None:
+        """One step of every run on the same prompts. Their losses add up; no theta appears in another's."""
+        for run in runs:
+            run.optimizer.zero_grad()
+        with torch.enable_grad():
+            for _, losses in self._losses(runs, picked):
+                (torch.stack(losses).sum() / len(picked)).backward()  # type: ignore[no-untyped-call]
+        for run in runs:
+            run.optimizer.step()
+
+    @torch.no_grad()
+    def losses(self, runs: Sequence[_Run]) -> list[float]:
+        """Each run's mean loss."""
+        sums = [0.0] * len(runs)
+        for numbers, losses in self._losses(runs, range(len(self.targets))):
+            for i, loss in zip(numbers, losses, strict=True):
+                sums[i // len(self.targets)] += float(loss)
+        return [total / len(self.targets) for total in sums]
+
+    def _losses(self, runs: Sequence[_Run], picked: Sequence[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        trials = [Trial(i, run.vector, self.targets[i][:-1]) for run in runs for i in picked]
+        for numbers, logits in self.engine.batches(trials):
+            targets = [torch.tensor(self.targets[trials[n].prompt], device=self.device) for n in numbers]
+            yield numbers, [self.loss(out, target) for out, target in zip(logits, targets, strict=True)]
+
+
+def _survivors(runs: list[_Run], losses: Sequence[float]) -> list[_Run]:
+    """Note the dev losses; keep the better half while more than two are left."""
+    for run, loss in zip(runs, losses, strict=True):
+        run.look(loss)
+    ranked = sorted(runs, key=lambda run: run.best_loss)
+    return [run for run in runs if run in ranked[: max(2, (len(runs) + 1) // 2)]]

@@ -1,0 +1,46 @@
+"""Mean difference: the mean of (few-shot state - zero-shot state), added. The simplest vector, and a control.
+
+theta_s = mean over queries x of h_icl(x) - h_zs(x) at site s and the last prompt token. It is the "Vanilla TV" of the
+Learned TV paper (arXiv 2509.24169) with a mean in place of one query, and at `lm_head_in` the constant-map ablation of the
+Linear TV paper (arXiv 2605.20730, appendix A.7), where it is a constant bias of the logits.
+
+Where we differ: the site is chosen on dev among all layers and `lm_head_in` unless it is named.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from taskvec.evaluate import Fitting, choose, single
+from taskvec.lm import LM
+from taskvec.sites import Site
+from taskvec.tasks import Dev, Train
+from taskvec.vector import Add, Edit, TaskVector
+
+
+@dataclass(frozen=True)
+class MeanDifference:
+    """`site`: where to add (None: every `resid[l]` and `lm_head_in` are tried on dev); `queries`: unlabelled queries
+    averaged; `n_dev`: dev items the site is chosen on."""
+
+    name: ClassVar[str] = "mean-difference"
+    site: str | None = None
+    queries: int = 64
+    n_dev: int = 40
+
+    def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
+        """Average the differences at every candidate site, choose one on dev. No gradient, no query's output read."""
+        train, dev = single(train, dev)
+        with Fitting.of(lm, self, train, seed=seed) as fitting:
+            queries = train.queries(fitting.demos, self.queries, seed=seed)
+            fitting.queries += len(queries)
+            everywhere = [*(Site("resid", layer) for layer in range(lm.n_layers)), Site("lm_head_in")]
+            sites = everywhere if self.site is None else [Site.parse(self.site)]
+            zero, few = fitting.states(queries, sites), fitting.states(queries, sites, shown=fitting.demos)
+            thetas = [(few[site] - zero[site]).mean(0) for site in sites]
+            candidates = [TaskVector((Edit(site, Add(theta)),)) for site, theta in zip(sites, thetas, strict=True)]
+            best = 0
+            if len(candidates) > 1:
+                fitting.labels += len(dev.examples[: self.n_dev])
+                best = choose(lm, dev, candidates, limit=self.n_dev).best
+            return TaskVector(candidates[best].edits, fitting.origin())
