@@ -137,9 +137,7 @@ class Captured:
 
 
 @contextmanager
-def capture(
-    lm: LM, sites: Sequence[Site | str], *, columns: Int[Tensor, " k"] | None = None
-) -> Iterator[Captured]:
+def capture(lm: LM, sites: Sequence[Site | str], *, columns: Int[Tensor, " k"] | None = None) -> Iterator[Captured]:
     """Read activations: `with capture(lm, ["resid[3]"]) as seen: lm.forward(batch); seen["resid[3]"]`.
 
     They are copies (Falcon adds into its MLP output in place) and keep their gradients. `columns` keeps these tokens only.
@@ -172,7 +170,9 @@ def capture(
 def _find(held: Tensor, columns: Tensor, site: Site) -> Tensor:
     places = (held[None, :] == columns[:, None]).long()
     if not bool(places.any(dim=1).all()):
-        raise InputError(f"{site} at tokens {columns.tolist()}", f"only {held.tolist()}", "ask for logits of those tokens")
+        raise InputError(
+            f"{site} at tokens {columns.tolist()}", f"only {held.tolist()}", "ask for logits of those tokens"
+        )
     return places.argmax(dim=1)
 
 

@@ -236,7 +236,9 @@ def _averaged(rows: list[Row]) -> Row:
     for name in (f.name for f in fields(Row)):
         values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
         if values and isinstance(values[0], Metric):
-            changes[name] = Metric(*(float(np.mean([getattr(v, part) for v in values])) for part in ("value", "low", "high")))
+            changes[name] = Metric(
+                *(float(np.mean([getattr(v, part) for v in values])) for part in ("value", "low", "high"))
+            )
         elif values and isinstance(values[0], int | float) and name not in ("seed", "n"):
             changes[name] = float(np.mean(values))
     return replace(rows[0], **changes)

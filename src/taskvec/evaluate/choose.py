@@ -37,19 +37,23 @@ def choose(
     golds, labels, longest = encode_answers(lm, dev, shown)
     trials = [Trial(i, vector) for vector in candidates for i in range(len(prompts))]
     starts = [min(first_edited(prompt, vector) for vector in candidates) for prompt in prompts]
-    ends = dev.spec.format.terminator
+    ends, cut = dev.spec.format.terminator, dev.spec.format.cut
+
+    def settled(trial: int, text: str) -> bool:
+        """Complete, or already not the gold answer: an exact match is all that counts here."""
+        return ends in text or not dev.examples[trials[trial].prompt].output.startswith(text.strip())
 
     def gold_logprob(trial: int, logits: Tensor) -> Tensor:
         return logits.log_softmax(-1)[golds[trials[trial].prompt][0]]
 
     greedy = 0 if labels else longest
-    ask = Ask(keep=gold_logprob, labels=labels, max_new=greedy, done=lambda text: ends in text)
+    ask = Ask(keep=gold_logprob, labels=labels, max_new=greedy, done=settled)
     answers = replay(lm, prompts, starts=starts).answer(trials, ask)
     wanted = [dev.examples[trial.prompt].output for trial in trials]
     if dev.spec.labels:
         got = [dev.spec.labels[int(i)] for i in answers.label_logprobs.argmax(-1)]
     else:
-        got = [dev.spec.format.cut(lm.decode(tokens)) for tokens in answers.tokens]
+        got = [cut(lm.decode(tokens)) for tokens in answers.tokens]
     hits = torch.tensor([a == b for a, b in zip(got, wanted, strict=True)]).float().reshape(len(candidates), -1).mean(1)
     logs = answers.kept.reshape(len(candidates), -1).mean(1)
     best = max(range(len(candidates)), key=lambda c: (float(hits[c]), float(logs[c]), -c))

@@ -13,9 +13,7 @@ def kl(reference: Float[Tensor, "n V"], logits: Float[Tensor, "n V"]) -> Float[T
     return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
 
 
-def d_ntp(
-    reference: Float[Tensor, "n V"], logits: Float[Tensor, "n V"], support: Sequence[int]
-) -> Float[Tensor, " n"]:
+def d_ntp(reference: Float[Tensor, "n V"], logits: Float[Tensor, "n V"], support: Sequence[int]) -> Float[Tensor, " n"]:
     """KL(few-shot || this) over the support's tokens, renormalised, per query (Linear TV, arXiv 2605.20730, section 4).
 
     The paper's d_NTP is the mean over queries, with the labels' first tokens as support. The direction is forward:

@@ -57,7 +57,7 @@ def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
     prompts = tuple(lm.encode(split.spec.format.prompt(example.input, shown)) for example in split.examples)
     golds, labels, longest = encode_answers(lm, split, shown)
     ends = split.spec.format.terminator
-    ask = Ask(keep=lambda _, row: row, labels=labels, max_new=longest, done=lambda text: ends in text)
+    ask = Ask(keep=lambda _, row: row, labels=labels, max_new=longest, done=lambda _, text: ends in text)
     with condition.applied(lm) if isinstance(condition, Adapted) else nullcontext():
         engine, trials = _engine(lm, prompts, condition)
         answers = engine.answer(trials, ask)

@@ -30,7 +30,9 @@ class Encoded:
 
     def __post_init__(self) -> None:
         if bool(self.ids) == (self.embeds is not None) or self.prompt_length < 1:
-            raise InputError("a prompt of at least one token, as ids or as embeddings", repr(self), "give one of the two")
+            raise InputError(
+                "a prompt of at least one token, as ids or as embeddings", repr(self), "give one of the two"
+            )
 
     def __len__(self) -> int:
         return len(self.ids) if self.embeds is None else self.embeds.shape[0]

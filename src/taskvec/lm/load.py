@@ -101,7 +101,9 @@ def _converted(name: str) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise MissingPackage("the package gguf, to read a GGUF model once", "it is not installed", "run: pip install gguf")
+        raise MissingPackage(
+            "the package gguf, to read a GGUF model once", "it is not installed", "run: pip install gguf"
+        )
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     for _ in track(range(1), f"converting {gguf.name}, once", 1):
         _rewrite(where, folder)

@@ -237,7 +237,9 @@ class LM:
         return PromptFormat(turn, header, "chat", special_tokens=False)
 
     def _chat(self, system: list[dict[str, str]], pairs: list[tuple[str, str]]) -> str:
-        turns = [{"role": role, "content": c} for pair in pairs for role, c in zip(("user", "assistant"), pair, strict=True)]
+        turns = [
+            {"role": role, "content": c} for pair in pairs for role, c in zip(("user", "assistant"), pair, strict=True)
+        ]
         return str(self.tokenizer.apply_chat_template(system + turns, tokenize=False))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -259,7 +261,9 @@ class LM:
     def _fitting(self, prompt: Encoded) -> Encoded:
         if self.max_length is not None and len(prompt) > self.max_length:
             found = f"{len(prompt)} tokens"
-            raise PromptTooLong(f"a prompt of at most {self.max_length} tokens", found, "use fewer shots or shorter inputs")
+            raise PromptTooLong(
+                f"a prompt of at most {self.max_length} tokens", found, "use fewer shots or shorter inputs"
+            )
         return prompt
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -282,6 +286,18 @@ class LM:
             yield
         finally:
             self.running = before
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No weight takes part in gradients inside: a backward pass then costs about a forward one. Restored after."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        for p in trainable:
+            p.requires_grad = False
+        try:
+            yield
+        finally:
+            for p in trainable:
+                p.requires_grad = True
 
     def call(self, **inputs: Any) -> Any:
         """The model's own forward, counted. Arguments it does not know are an error of ours."""

@@ -15,7 +15,10 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention", "norm_attn_norm
 MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "fc2")
 OUT_PROJECTION = ("o_proj", "c_proj", "out_proj", "dense", "wo", "Wo")
 # Families whose sub-layers end with a norm of their own before the residual: (after attention, after MLP).
-POST_NORMS = (("post_attention_layernorm", "post_feedforward_layernorm"), ("post_self_attn_layernorm", "post_mlp_layernorm"))
+POST_NORMS = (
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@
 One theta per layer and position, added to the residual stream; multi-token answers by the mean over their tokens.
 
 Each step is a replay: the prompts up to their first edited token are run once for the whole fit, a step costs the edited
-tokens and the answers. A sweep over layers is one run: one position per (prompt, layer); after each check on dev the worse
-half of the layers goes, until two are left.
+tokens and the answers. A sweep over layers is one run: one position per (prompt, layer); after each look at dev the worse
+half of the layers goes, until one is left.
 
 Where we differ, on purpose: the whole answer *with its terminator* is trained (else the vector does not know when to stop);
 `resid[l]` is the output of block l (the released code adds to its input); the learning rate is 0.01 x the rms of the site by
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, choose, encode_answers, single
+from taskvec.evaluate import Fitting, encode_answers, single
 from taskvec.lm import LM
 from taskvec.progress import track
 from taskvec.replay import Packed, Plain, Trial, replay
@@ -51,10 +51,10 @@ class LearnedTaskVector:
     prompt: Literal["zero-shot", "few-shot"] = "zero-shot"
     lr: float | None = None
     lr_rms: float = 0.01
-    steps: int = 80
-    batch: int = 24
+    steps: int = 120
+    batch: int = 16
     queries: int = 256
-    check: int = 10
+    check: int = 8
     patience: int = 2
     weight_decay: float = 0.01
     init: float = 0.0
@@ -74,7 +74,7 @@ class LearnedTaskVector:
         """Train, choose the layer and the step on dev."""
         train, dev = single(train, dev)
         self._check(lm)
-        with Fitting.of(lm, self, train, seed=seed) as fitting:
+        with Fitting.of(lm, self, train, seed=seed) as fitting, lm.frozen():
             shown = fitting.demos if self.prompt == "few-shot" else ()
             examples = train.queries(fitting.demos, self.queries, seed=seed)
             kept = replace(dev, examples=dev.examples[: self.n_dev])
@@ -84,22 +84,23 @@ class LearnedTaskVector:
             generator = torch.Generator().manual_seed(seed)
             scale = self._rates(fitting, examples, shown)
             runs = [_Run(self, lm, layers, scale, generator) for layers in self._candidates(lm)]
-            for step in track(range(self.steps), "learned", self.steps):
+            for step in track(range(1, self.steps + 1), "learned", self.steps):
                 picked = torch.randperm(len(examples), generator=generator)[: self.batch].tolist()
                 data.descend(runs, picked)
-                if (step + 1) % self.check == 0 or step + 1 == self.steps:
+                if step % self.check == 0 or step == self.steps:
                     runs = _survivors(runs, looks.losses(runs))
-                if all(run.stopped(self.patience) for run in runs):
+                if all(run.misses >= self.patience for run in runs):
                     break
-            vectors = [run.best for run in runs]
-            best = choose(lm, kept, vectors, shown=shown).best if len(vectors) > 1 else 0
-            return TaskVector(vectors[best].edits, fitting.origin(prompt=self.prompt))
+            best = min(runs, key=lambda run: run.best_loss)
+            return TaskVector(best.best.edits, fitting.origin(prompt=self.prompt))
 
     def _check(self, lm: LM) -> None:
         if self.steps < 1 or self.batch < 1 or self.queries < 1 or self.check < 1:
             raise InputError("steps, batch, queries and check of at least 1", str(self), "raise them")
         if not self.positions or any(p >= 0 for p in self.positions):
-            raise InputError("positions counted from the prompt's end (-1 is the last token)", str(self.positions), "mend them")
+            raise InputError(
+                "positions counted from the prompt's end (-1 is the last token)", str(self.positions), "mend them"
+            )
         for layers in self._candidates(lm):
             for layer in layers:
                 lm.point(Site("resid", layer))
@@ -117,25 +118,39 @@ class LearnedTaskVector:
         if self.lr is not None:
             return dict.fromkeys(layers, self.lr)
         states = fitting.states(examples[: self.batch], [Site("resid", layer) for layer in layers], shown=shown)
-        return {site.layer: self.lr_rms * float(h.square().mean().sqrt()) for site, h in states.items() if site.layer is not None}
+        return {
+            site.layer: self.lr_rms * float(h.square().mean().sqrt())
+            for site, h in states.items()
+            if site.layer is not None
+        }
 
 
 class _Run:
     """One candidate: its thetas, its optimiser, and its best state so far by dev loss."""
 
     def __init__(
-        self, method: LearnedTaskVector, lm: LM, layers: tuple[int, ...], rates: dict[int, float], generator: torch.Generator
+        self,
+        method: LearnedTaskVector,
+        lm: LM,
+        layers: tuple[int, ...],
+        rates: dict[int, float],
+        generator: torch.Generator,
     ) -> None:
         places = [(layer, position) for layer in layers for position in method.positions]
         width = lm.width(Site("resid", layers[0]))
         self.thetas = [
-            ((torch.rand(width, generator=generator) * 2 - 1) * method.init).to(lm.device).requires_grad_() for _ in places
+            ((torch.rand(width, generator=generator) * 2 - 1) * method.init).to(lm.device).requires_grad_()
+            for _ in places
         ]
         groups = [{"params": [t], "lr": rates[layer]} for t, (layer, _) in zip(self.thetas, places, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=method.weight_decay)
         self.places = places
         self.vector = self._vector(self.thetas)
-        self.best, self.best_loss, self.misses = self._vector([t.detach().clone() for t in self.thetas]), float("inf"), 0
+        self.best, self.best_loss, self.misses = (
+            self._vector([t.detach().clone() for t in self.thetas]),
+            float("inf"),
+            0,
+        )
 
     def _vector(self, thetas: Sequence[Tensor]) -> TaskVector:
         wheres = [Where() if p == -1 else Where("at", positions=(p,)) for _, p in self.places]
@@ -148,10 +163,6 @@ class _Run:
         if loss < self.best_loss:
             self.best_loss, self.misses = loss, 0
             self.best = self._vector([t.detach().cpu().clone() for t in self.thetas])
-
-    def stopped(self, patience: int) -> bool:
-        """No lower dev loss for so many looks?"""
-        return self.misses >= patience
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +208,7 @@ class _Data:
 
 
 def _survivors(runs: list[_Run], losses: Sequence[float]) -> list[_Run]:
-    """Note the dev losses; keep the better half while more than two are left."""
+    """Note the dev losses and keep the better half."""
     for run, loss in zip(runs, losses, strict=True):
         run.look(loss)
-    ranked = sorted(runs, key=lambda run: run.best_loss)
-    return [run for run in runs if run in ranked[: max(2, (len(runs) + 1) // 2)]]
+    return sorted(runs, key=lambda run: run.best_loss)[: (len(runs) + 1) // 2]

@@ -105,14 +105,15 @@ class Packed:
         states: dict[int, dict[str, Tensor]] = {}
         for tree, numbers, segments in self._chunks(trials):
             grown = tree.grow(segments, states=ask.states)
-            here = [trials[i] for i in numbers]
-            lasts = [out[-1] for out in grown.logits]
+            here = _Here(
+                grown.tree, grown.nodes, [out[-1] for out in grown.logits], numbers, [trials[i] for i in numbers]
+            )
             if ask.keep:
-                kept |= {i: ask.keep(i, last.float()).cpu() for i, last in zip(numbers, lasts, strict=True)}
+                kept |= {i: ask.keep(i, last.float()).cpu() for i, last in zip(numbers, here.lasts, strict=True)}
             if ask.labels:
-                labels |= dict(zip(numbers, self._labels(grown.tree, grown.nodes, lasts, here, ask), strict=True))
+                labels |= dict(zip(numbers, self._labels(here, ask), strict=True))
             if ask.max_new:
-                tokens |= dict(zip(numbers, self._greedy(grown.tree, grown.nodes, lasts, here, ask), strict=True))
+                tokens |= dict(zip(numbers, self._greedy(here, ask), strict=True))
             for place, i in enumerate(numbers):
                 found = grown.states
                 states[i] = {str(s): found[s][0, place].float().cpu() for s in ask.states} if found is not None else {}
@@ -158,35 +159,43 @@ class Packed:
             edits.append((edit, tuple(offsets)))
         return Segment(parent, tail, tuple(edits), keep=1 + len(trial.continuation))
 
-    def _labels(
-        self, tree: Tree, nodes: Sequence[int], lasts: Sequence[Tensor], trials: Sequence[Trial], ask: Ask
-    ) -> list[Tensor]:
+    def _labels(self, here: "_Here", ask: Ask) -> list[Tensor]:
         """Each label's log-probability: its first token from the trial's logits, the rest as a segment behind it."""
-        longer = [(t, label) for t in range(len(trials)) for label in ask.labels if len(label) > 1]
-        segments = [_behind(nodes[t], label[:-1], trials[t].vector) for t, label in longer]
-        outs = _grown_in_parts(tree, segments, self.budget)
+        longer = [(t, label) for t in range(len(here.trials)) for label in ask.labels if len(label) > 1]
+        segments = [_behind(here.nodes[t], label[:-1], here.trials[t].vector) for t, label in longer]
+        outs = _grown_in_parts(here.tree, segments, self.budget)
         rest = {key: logprob(out, key[1][1:]) for key, out in zip(longer, outs, strict=True)}
         rows = []
-        for t, last in enumerate(lasts):
+        for t, last in enumerate(here.lasts):
             logs = last.float().log_softmax(-1).cpu()
             rows.append(torch.stack([logs[label[0]] + rest.get((t, label), 0.0) for label in ask.labels]))
         return rows
 
-    def _greedy(
-        self, tree: Tree, nodes: Sequence[int], lasts: Sequence[Tensor], trials: Sequence[Trial], ask: Ask
-    ) -> list[list[int]]:
-        answers = [[int(last.argmax())] for last in lasts]
-        ends = list(nodes)
+    def _greedy(self, here: "_Here", ask: Ask) -> list[list[int]]:
+        """Each trial's greedy answer: a token a pass, for all that are not done."""
+        answers = [[int(last.argmax())] for last in here.lasts]
+        tree, ends = here.tree, list(here.nodes)
         for _ in range(ask.max_new - 1):
-            rows = [i for i, answer in enumerate(answers) if not ended(self.lm, answer, ask)]
+            rows = [i for i, answer in enumerate(answers) if not ended(self.lm, here.numbers[i], answer, ask)]
             if not rows:
                 break
-            grown = tree.grow([_behind(ends[i], (answers[i][-1],), trials[i].vector) for i in rows])
+            grown = tree.grow([_behind(ends[i], (answers[i][-1],), here.trials[i].vector) for i in rows])
             tree = grown.tree
             for i, node, logits in zip(rows, grown.nodes, grown.logits, strict=True):
                 ends[i] = node
                 answers[i].append(int(logits[-1].argmax()))
         return [self.lm.before_end(answer) for answer in answers]
+
+
+@dataclass(frozen=True, eq=False)
+class _Here:
+    """The trials of one pass: the tree that holds them, their segments, their last prompt token's logits, their numbers."""
+
+    tree: Tree
+    nodes: Sequence[int]
+    lasts: Sequence[Tensor]
+    numbers: Sequence[int]
+    trials: Sequence[Trial]
 
 
 def _edits(vector: TaskVector | None) -> tuple[Edit, ...]:

@@ -42,13 +42,16 @@ class Plain:
             outs, seen = self._forward(part, ask.states)
             kept += [ask.keep(start + i, out[0].float()).cpu() for i, out in enumerate(outs)] if ask.keep else []
             labels += [self._labels(trial, ask.labels) for trial in part] if ask.labels else []
-            tokens += self._greedy(part, ask) if ask.max_new else []
+            tokens += self._greedy(range(start, start + len(part)), part, ask) if ask.max_new else []
             states.append(seen)
         joined = {site: torch.cat([seen[site] for seen in states]) for site in ask.states}
         return Answers(stack(kept), stack(labels), tokens, joined)
 
     def _forward(self, trials: Sequence[Trial], states: Sequence[Site] = ()) -> tuple[list[Tensor], dict[Site, Tensor]]:
-        whole = [self.prompts[t.prompt].followed_by(t.continuation) if t.continuation else self.prompts[t.prompt] for t in trials]
+        whole = [
+            self.prompts[t.prompt].followed_by(t.continuation) if t.continuation else self.prompts[t.prompt]
+            for t in trials
+        ]
         batch = self.lm.batch(whole)
         with inject(self.lm, [t.vector for t in trials]), capture(self.lm, states) as seen:
             out = self.lm.forward(batch)
@@ -63,7 +66,7 @@ class Plain:
         outs = [out for _, part in self.batches(trials) for out in part]
         return torch.stack([logprob(out, label) for out, label in zip(outs, labels, strict=True)])
 
-    def _greedy(self, trials: Sequence[Trial], ask: Ask) -> list[list[int]]:
+    def _greedy(self, numbers: Sequence[int], trials: Sequence[Trial], ask: Ask) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in trials]
         open_rows = list(range(len(trials)))
         for _ in range(ask.max_new):
@@ -71,15 +74,15 @@ class Plain:
             outs, _ = self._forward(steps)
             for i, out in zip(open_rows, outs, strict=True):
                 answers[i].append(int(out[-1].argmax()))
-            open_rows = [i for i in open_rows if not ended(self.lm, answers[i], ask)]
+            open_rows = [i for i in open_rows if not ended(self.lm, numbers[i], answers[i], ask)]
             if not open_rows:
                 break
         return [self.lm.before_end(answer) for answer in answers]
 
 
-def ended(lm: LM, answer: Sequence[int], ask: Ask) -> bool:
+def ended(lm: LM, trial: int, answer: Sequence[int], ask: Ask) -> bool:
     """Is a greedy answer complete?"""
-    return answer[-1] in lm.end_ids or ask.done(lm.decode(answer))
+    return answer[-1] in lm.end_ids or ask.done(trial, lm.decode(answer))
 
 
 def logprob(logits: Tensor, label: Sequence[int]) -> Tensor:

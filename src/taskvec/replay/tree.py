@@ -80,9 +80,9 @@ class Tree:
         tree = self._with(segments)
         sizes = [len(segment) for segment in segments]
         stops = torch.tensor(sizes).cumsum(0).tolist()
-        kept = [list(range(stop - segment.keep, stop)) for segment, stop in zip(segments, stops, strict=True)]
+        wanted = [max(segment.keep, 1 if states else 0) for segment in segments]
         lasts = torch.tensor([stop - 1 for stop in stops])
-        columns = sorted({c for part in kept for c in part} | (set(lasts.tolist()) if states else set()))
+        columns = [c for stop, n in zip(stops, wanted, strict=True) for c in range(stop - n, stop)]
         placed = [
             Placed(edit, (0,) * len(offsets), tuple(stop - size + o for o in offsets))
             for segment, stop, size in zip(segments, stops, sizes, strict=True)
@@ -95,8 +95,9 @@ class Tree:
                     out = self.lm.call(**inputs)
             else:
                 captured, out = None, self.lm.call(**inputs)
-        place = {column: i for i, column in enumerate(columns)}
-        logits = tuple(out.logits[0, [place[c] for c in part]] for part in kept)
+        # split, not indexing: the gradient of each indexed part would be a whole matrix of logits
+        parts = out.logits[0].split(wanted) if columns else [out.logits[0, :0]] * len(segments)
+        logits = tuple(part[len(part) - segment.keep :] for part, segment in zip(parts, segments, strict=True))
         return Grown(tree, tuple(range(first, first + len(segments))), logits, captured)
 
     def _with(self, segments: Sequence[Segment]) -> "Tree":

@@ -26,13 +26,13 @@ class Ask:
 
     `keep(i, logits)`: what to keep of trial i's logits (V,) at the last prompt token, a tensor of one shape for all trials;
     `labels`: the summed log-probability of each; `max_new`: a greedy answer of at most so many tokens, which ends at an end
-    token or where `done(text)` holds; `states`: these sites at the last prompt token.
+    token or where `done(i, text)` holds; `states`: these sites at the last prompt token.
     """
 
     keep: Callable[[int, Tensor], Tensor] | None = None
     labels: tuple[tuple[int, ...], ...] = ()
     max_new: int = 0
-    done: Callable[[str], bool] = field(default=lambda text: False)
+    done: Callable[[int, str], bool] = field(default=lambda trial, text: False)
     states: tuple[Site, ...] = ()
 
 

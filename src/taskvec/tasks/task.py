@@ -115,7 +115,11 @@ class Task:
                 f"{len(order)} examples in {spec.name} ({len(train)} train, {devs} dev, {tests} test)",
                 "add examples or lower --shots or --n-test",
             )
-        splits = Train(spec, tuple(train)), Dev(spec, tuple(order[tests : tests + devs])), Test(spec, tuple(order[:tests]))
+        splits = (
+            Train(spec, tuple(train)),
+            Dev(spec, tuple(order[tests : tests + devs])),
+            Test(spec, tuple(order[:tests])),
+        )
         return cls(spec, *splits)
 
     @classmethod

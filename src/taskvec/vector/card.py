@@ -9,11 +9,16 @@ def card(vector: TaskVector, scores: str = "") -> str:
     if vector.origin is not None:
         lines += [f"base_model: {vector.origin.model.id}"]
     lines += ["---", "", "# An in-context task vector", ""]
-    lines += [f"- edit: `{e.op.__class__.__name__}` at `{e.site}`, `{e.where}`, strength {e.strength:g}" for e in vector.edits]
+    lines += [
+        f"- edit: `{e.op.__class__.__name__}` at `{e.site}`, `{e.where}`, strength {e.strength:g}" for e in vector.edits
+    ]
     if vector.origin is not None:
         o = vector.origin
         lines += [f"- method: {o.method}, seed {o.seed}, task {o.task}, works on {o.prompt} prompts"]
-        lines += [f"- model: {o.model.id}, fingerprint `{o.model.fingerprint[:16]}`", f"- template: `{o.format.template!r}`"]
+        lines += [
+            f"- model: {o.model.id}, fingerprint `{o.model.fingerprint[:16]}`",
+            f"- template: `{o.format.template!r}`",
+        ]
     if scores:
         lines += ["", "## Scores", "", "```text", scores, "```"]
     usage = ["with inject(lm, TaskVector.from_pretrained(folder)):", "    lm.generate(prompt)"]

@@ -41,7 +41,9 @@ class Op:
         if strength == 0.0:
             return h
         if self.width != h.shape[-1]:
-            raise VectorMismatch(f"a site of width {self.width}", f"width {h.shape[-1]}", "use the model it was made for")
+            raise VectorMismatch(
+                f"a site of width {self.width}", f"width {h.shape[-1]}", "use the model it was made for"
+            )
         wide = h if h.dtype == torch.float64 else h.float()
         edited = self.apply(wide)
         if strength != 1.0:
