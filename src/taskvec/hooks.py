@@ -73,51 +73,58 @@ class Pass:
 
 @contextmanager
 def _attached(lm: LM, begin: Callable[[Pass], None], transforms: Mapping[Site, Transform]) -> Iterator[None]:
-    """Call `begin` at the start of every forward pass, and pass each site's activation (B, T, w) through its transform.
+    """Call `begin` at the start of every forward pass, and give each site's activation (B, T, w) to its transform.
 
     A transform that returns the very tensor it was given leaves the model's own output object alone.
     """
-    passes: list[Pass] = []
-
-    def start(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        passes[:] = [Pass(kwargs if not args else {"input_ids": args[0], **kwargs})]
-        begin(passes[0])
-
-    def through(transform: Transform, h: Tensor) -> Tensor:
-        if h.dim() == 3:
-            return transform(h)
-        flat = h.reshape(passes[0].rows, -1, h.shape[-1])  # OPT's MLP works on (B T, w)
-        changed = transform(flat)
-        return h if changed is flat else changed.reshape(h.shape)
-
-    def before(transform: Transform) -> Callable[..., Any]:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (through(transform, args[0]), *args[1:]), kwargs
-            name = next(name for name in ("hidden_states", "input", "x") if name in kwargs)
-            return args, {**kwargs, name: through(transform, kwargs[name])}
-
-        return hook
-
-    def after(transform: Transform) -> Callable[..., Any]:
-        def hook(_: Any, __: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (through(transform, output[0]), *output[1:])
-            return through(transform, output)
-
-        return hook
-
+    hooks = _Hooks(begin)
     with ExitStack() as stack:
-        handle = lm.inner.register_forward_pre_hook(start, with_kwargs=True)
+        handle = lm.inner.register_forward_pre_hook(hooks.start, with_kwargs=True)
         stack.callback(handle.remove)
         for site, transform in transforms.items():
             point = lm.point(site)
             if point.side == "in":
-                handle = point.module.register_forward_pre_hook(before(transform), with_kwargs=True)
+                handle = point.module.register_forward_pre_hook(hooks.before(transform), with_kwargs=True)
             else:
-                handle = point.module.register_forward_hook(after(transform))
+                handle = point.module.register_forward_hook(hooks.after(transform))
             stack.callback(handle.remove)
         yield
+
+
+class _Hooks:
+    """The hooks' bodies: one accessor for tensors and tuples, for positional and keyword inputs, for (B T, w)."""
+
+    def __init__(self, begin: Callable[[Pass], None]) -> None:
+        self.begin, self.rows = begin, 0
+
+    def start(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        now = Pass({"input_ids": args[0], **kwargs} if args else kwargs)
+        self.rows = now.rows
+        self.begin(now)
+
+    def before(self, transform: Transform) -> Callable[..., Any]:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (self.through(transform, args[0]), *args[1:]), kwargs
+            name = next(name for name in ("hidden_states", "input", "x") if name in kwargs)
+            return args, {**kwargs, name: self.through(transform, kwargs[name])}
+
+        return hook
+
+    def after(self, transform: Transform) -> Callable[..., Any]:
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (self.through(transform, output[0]), *output[1:])
+            return self.through(transform, output)
+
+        return hook
+
+    def through(self, transform: Transform, h: Tensor) -> Tensor:
+        if h.dim() == 3:
+            return transform(h)
+        flat = h.reshape(self.rows, -1, h.shape[-1])  # OPT's MLP works on (B T, w)
+        changed = transform(flat)
+        return h if changed is flat else changed.reshape(h.shape)
 
 
 # --- capture ---------------------------------------------------------------------------------------------------------
@@ -140,9 +147,9 @@ class Captured:
 def capture(lm: LM, sites: Sequence[Site | str], *, columns: Int[Tensor, " k"] | None = None) -> Iterator[Captured]:
     """Read activations: `with capture(lm, ["resid[3]"]) as seen: lm.forward(batch); seen["resid[3]"]`.
 
-    They are copies (Falcon adds into its MLP output in place) and keep their gradients. `columns` keeps these tokens only.
-    At `lm_head_in` a model hands over only the tokens whose logits it was asked for; ask for all, or for those `columns`.
-    Inside `inject`, a capture entered later sees the edited activations. Raises `MissingSite`.
+    They are copies (Falcon adds into its MLP output in place) and keep their gradients. `columns` keeps these tokens
+    only. At `lm_head_in` a model hands over only the tokens whose logits it was asked for; ask for all, or for those
+    `columns`. Inside `inject`, a capture entered later sees the edited activations. Raises `MissingSite`.
     """
     wanted = [Site.parse(site) for site in sites]
     prove(lm)
@@ -216,12 +223,12 @@ class Injection:
 def inject(lm: LM, vectors: Vectors, *, strength: float = 1.0) -> Iterator[Injection]:
     """Apply a task vector to everything the model runs inside: `with inject(lm, vector): lm.generate(prompt)`.
 
-    `vectors` is one vector for all rows, a vector source, or one vector (or None) per row of the batch. `strength` multiplies
-    every edit's own. Prompt lengths and roles come from `lm.forward` and `lm.generate`; where the model's own methods are
-    called, a first pass is taken for the prompt and its last real token for the prompt's last.
+    `vectors` is one vector for all rows, a vector source, or one vector (or None) per row of the batch. `strength`
+    multiplies every edit's own. Prompt lengths and roles come from `lm.forward` and `lm.generate`; where the model's
+    own methods are called, a first pass is taken for the prompt and its last real token for the prompt's last.
 
-    Raises `VectorMismatch` for a vector of another model or width, `MissingSite`, and, on leaving, `UnfiredEdit` if an edit
-    never reached a token. Edits of strength 0 count as fired and change nothing, bit for bit.
+    Raises `VectorMismatch` for a vector of another model or width, `MissingSite`, and, on leaving, `UnfiredEdit` if an
+    edit never reached a token. Edits of strength 0 count as fired and change nothing, bit for bit.
     """
     prove(lm)
     given: Sequence[TaskVector | None]
@@ -439,8 +446,8 @@ def _slice(lm: LM, site: Site) -> slice:
 def prove(lm: LM) -> None:
     """Prove once per model that every site it names moves the logits, and that attn + mlp is what a block adds.
 
-    One pass does it: a batch of one short prompt per site, where each row has noise at its own site. What fails is kept in
-    `lm.proofs["sites"]` (site -> reason) and refused when used.
+    One pass does it: a batch of one short prompt per site, where each row has noise at its own site. What fails is
+    kept in `lm.proofs["sites"]` (site -> reason) and refused when used.
     """
     if "sites" in lm.proofs:
         return

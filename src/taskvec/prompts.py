@@ -1,8 +1,9 @@
 """Prompts as text with named parts, and the formats that make them. Nothing here knows a tokenizer or a model.
 
-A format is a template such as ``"Q: {input}\\nA: {output}\\n\\n"``. What stands after ``{output}`` is its *terminator*: it
-ends a demonstration, and it ends an answer. Blanks just before ``{output}`` belong to the answer, because that is how
-today's tokenizers cut them (``"A:"`` + ``" walked"``); so the leading-space rule is decided here, once, for all methods.
+A format is a template such as ``"Q: {input}\\nA: {output}\\n\\n"``. What stands after ``{output}`` is its
+*terminator*: it ends a demonstration, and it ends an answer. Blanks just before ``{output}`` belong to the answer,
+because that is how today's tokenizers cut them (``"A:"`` + ``" walked"``); so the leading-space rule is decided here,
+once, for all methods.
 """
 
 import hashlib
@@ -52,9 +53,9 @@ class Prompt:
 class PromptFormat:
     """How examples become prompts.
 
-    `template` holds `{input}` once and, after it, `{output}` once; a template that ends with `{output}` gets a newline as
-    its terminator. `instruction` stands before everything, followed by a blank line unless `name` is "chat", where the
-    header comes from the tokenizer's own template.
+    `template` holds `{input}` once and, after it, `{output}` once; a template that ends with `{output}` gets a newline
+    as its terminator. `instruction` stands before everything, followed by a blank line unless `name` is "chat", where
+    the header comes from the tokenizer's own template.
 
     >>> qa = PromptFormat.named("qa")
     >>> qa.prompt("run", [Example("walk", "walked")]).text
@@ -114,8 +115,8 @@ class PromptFormat:
     def following(self, output: str) -> str:
         """An answer, its terminator, and the start of a next example: the context in which answers are tokenised.
 
-        "\\n\\n" before "Q:" is tokenised otherwise than "\\n\\n" at the end of a text, and a model under few-shot prompts
-        has only ever seen the first.
+        "\\n\\n" before "Q:" is tokenised otherwise than "\\n\\n" at the end of a text, and a model under few-shot
+        prompts has only ever seen the first.
         """
         return self.answer(output) + self.terminator + self._parts[0]
 

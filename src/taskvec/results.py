@@ -72,7 +72,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Does the chosen method pay? `kept` = (vector - zero-shot) / (few-shot - zero-shot); None where that has no meaning."""
+    """Does the chosen method pay? `kept` = (vector - zero-shot) / (few-shot - zero-shot); None where that has no
+    meaning."""
 
     chosen: str
     kept: Metric | None

@@ -4,7 +4,7 @@ from taskvec.evaluate.choose import choose
 from taskvec.evaluate.controls import random_like
 from taskvec.evaluate.fitting import Fitting, single
 from taskvec.evaluate.observe import Condition, Observation, encode_answers, observe
-from taskvec.evaluate.score import score, score_observed
+from taskvec.evaluate.scoring import score, score_observed
 
 __all__ = [
     "Condition",

@@ -17,7 +17,8 @@ from taskvec.vector import TaskVector
 
 @dataclass(frozen=True)
 class Choice:
-    """The best candidate's place, and each candidate's dev accuracy and mean log-probability of the first gold token."""
+    """The best candidate's place, and each candidate's dev accuracy and mean log-probability of the first gold
+    token."""
 
     best: int
     accuracy: tuple[float, ...]

@@ -22,7 +22,8 @@ class Nudge(Op):
     op: Op
 
     def apply(self, h: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
-        distance = (self.op.apply(h) - h).norm(dim=-1, keepdim=True)
+        """h + |op(h) - h| u."""
+        distance: Tensor = (self.op.apply(h) - h).norm(dim=-1, keepdim=True)
         return h + distance * like(self.direction, h)
 
 

@@ -74,6 +74,7 @@ class Fitting:
             format=FormatRecord.of(spec.format),
             task=spec.name,
             data_hash=spec.data_hash,
+            n_test=spec.n_test,
             labels=spec.labels,
             seed=self.seed,
             demos=self.demos,

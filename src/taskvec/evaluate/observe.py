@@ -8,13 +8,13 @@ from functools import cached_property
 from jaxtyping import Float
 from torch import Tensor
 
-from taskvec.errors import VectorMismatch
+from taskvec.errors import InputError, VectorMismatch
 from taskvec.hooks import check_fits
 from taskvec.lm import LM, Encoded
 from taskvec.prompts import Example
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
 from taskvec.replay.trials import first_edited
-from taskvec.tasks import Split, TaskSpec
+from taskvec.tasks import Split, TaskSpec, Test
 from taskvec.vector import Adapted, Origin, TaskVector, VectorSource
 
 Condition = TaskVector | VectorSource | Adapted | None
@@ -23,7 +23,8 @@ Condition = TaskVector | VectorSource | Adapted | None
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What a condition gave on a split. Shapes: n examples, V vocabulary, L labels. `texts` are the cut greedy answers."""
+    """What a condition gave on a split. Shapes: n examples, V vocabulary, L labels. `texts` are the cut greedy
+    answers."""
 
     split: Split
     prompts: tuple[Encoded, ...]
@@ -51,6 +52,7 @@ def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
     """
     origin = condition.origin if condition is not None else None
     check_template(split.spec, origin)
+    _check_unseen(split, origin)
     if not isinstance(condition, Adapted):
         check_fits(lm, condition)
     shown = origin.shown if origin is not None else ()
@@ -68,7 +70,8 @@ def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
 def encode_answers(
     lm: LM, split: Split, shown: Sequence[Example] = ()
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], int]:
-    """(each example's answer with its terminator, each label without, how many tokens the task's longest answer has)."""
+    """(each example's answer with its terminator, each label without, how many tokens the task's longest answer
+    has)."""
     spec = split.spec
     prompts = [spec.format.prompt(example.input, shown) for example in split.examples]
     golds = tuple(
@@ -95,13 +98,21 @@ def check_template(spec: TaskSpec, origin: Origin | None) -> None:
         )
 
 
+def _check_unseen(split: Split, origin: Origin | None) -> None:
+    """Refuse test items of the very data a vector was fitted on, where a larger test split would reach into its
+    train."""
+    if not isinstance(split, Test) or origin is None or origin.data_hash != split.spec.data_hash:
+        return
+    if split.spec.n_test > origin.n_test:
+        found = f"{split.spec.n_test}: some of them were in its dev or train split"
+        raise InputError(f"at most the {origin.n_test} test items kept from the vector", found, "lower --n-test")
+
+
 def _engine(lm: LM, prompts: Sequence[Encoded], condition: Condition) -> tuple[Packed | Plain, list[Trial]]:
     if isinstance(condition, Adapted):  # nothing was proved about an adapted model: the plain way
         return Plain(lm, prompts), [Trial(i) for i in range(len(prompts))]
-    vectors: Sequence[TaskVector | None]
-    if isinstance(condition, VectorSource):
-        vectors = condition.vectors(lm, prompts)
-    else:
-        vectors = [condition] * len(prompts)
+    vectors: Sequence[TaskVector | None] = (
+        [condition] * len(prompts) if isinstance(condition, TaskVector | None) else (condition.vectors(lm, prompts))
+    )
     starts = [first_edited(prompt, vector) for prompt, vector in zip(prompts, vectors, strict=True)]
     return replay(lm, prompts, starts=starts), [Trial(i, vector) for i, vector in enumerate(vectors)]

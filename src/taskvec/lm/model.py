@@ -46,8 +46,8 @@ class Point:
 class LM:
     """A frozen causal language model.
 
-    `model` is any transformers causal LM, already loaded (quantised, sharded and PEFT-wrapped ones too); `tokenizer` may be
-    None where prompts carry embeddings. The model is put into evaluation mode; nothing else about it is changed.
+    `model` is any transformers causal LM, already loaded (quantised, sharded and PEFT-wrapped ones too); `tokenizer`
+    may be None where prompts carry embeddings. The model is put into evaluation mode; nothing else about it is changed.
     `proofs` keeps what was proved about it at first use (see `hooks.prove` and `replay.packs`).
     """
 
@@ -207,8 +207,8 @@ class LM:
         """The tokens of an answer behind `prompt`, with or without its terminator.
 
         They are cut from the tokens of the whole text, followed by the start of a next example, so that spaces and line
-        ends merge as they do in a few-shot prompt. Only where the answer's first characters merge into the prompt's last
-        token is the answer encoded by itself: that is what the model, given the prompt, has to produce.
+        ends merge as they do in a few-shot prompt. Only where the answer's first characters merge into the prompt's
+        last token is the answer encoded by itself: that is what the model, given the prompt, has to produce.
         """
         stop = len(prompt.text) + len(format.answer(output)) + (len(format.terminator) if terminator else 0)
         known, _ = self._tokenize(prompt.text, prompt.special_tokens)

@@ -6,7 +6,7 @@ up to what a block does.
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from taskvec.errors import MissingSite
 
@@ -33,7 +33,8 @@ class Block:
 
 
 def find_blocks(model: nn.Module, n_layers: int, n_heads: int) -> tuple[Block, ...]:
-    """The decoder blocks: the one list of `n_layers` modules that have attention. Raises `MissingSite` if there is none."""
+    """The decoder blocks: the one list of `n_layers` modules that have attention. Raises `MissingSite` if there is
+    none."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     lists = [m for m in lists if any(child(block, ATTENTION) is not None for block in m)]
     if len(lists) != 1:
@@ -55,8 +56,7 @@ def in_width(projection: nn.Module) -> int:
     for name in ("in_features", "nx"):
         if isinstance(width := getattr(projection, name, None), int):
             return width
-    weight = projection.weight
-    return int(weight.shape[-1])  # type: ignore[union-attr, arg-type]
+    return _weight(projection).shape[-1]
 
 
 def out_width(projection: nn.Module) -> int:
@@ -64,8 +64,13 @@ def out_width(projection: nn.Module) -> int:
     for name in ("out_features", "nf"):
         if isinstance(width := getattr(projection, name, None), int):
             return width
+    return _weight(projection).shape[0]
+
+
+def _weight(projection: nn.Module) -> Tensor:
     weight = projection.weight
-    return int(weight.shape[0])  # type: ignore[union-attr, arg-type]
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _block(module: nn.Module, n_heads: int) -> Block:

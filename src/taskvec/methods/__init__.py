@@ -1,6 +1,7 @@
 """Every method by name. Names are listed without importing a method; a third party adds one through an entry point.
 
-A method is a frozen dataclass of hyper-parameters with a class variable `name` and `fit`. A package registers its own with
+A method is a frozen dataclass of hyper-parameters with a class variable `name` and `fit`. A package registers its own
+with
 
     [project.entry-points."taskvec.methods"]
     my-method = "my_package.my_module:MyMethod"
@@ -67,7 +68,7 @@ def make(name: str, settings: dict[str, str] | None = None) -> Method:
     """
     method = get(name)
     hints = get_type_hints(method)
-    known = {f.name: hints[f.name] for f in fields(method) if f.init} if is_dataclass(method) else {}
+    known: dict[str, Any] = {f.name: hints[f.name] for f in fields(method) if f.init} if is_dataclass(method) else {}
     values: dict[str, Any] = {}
     for field_name, text in (settings or {}).items():
         if field_name not in known:

@@ -1,4 +1,5 @@
-"""Hendel task vector (Hendel, Geva, Globerson, arXiv 2310.15916): the few-shot state of a dummy query, put in its place.
+"""Hendel task vector (Hendel, Geva, Globerson, arXiv 2310.15916): the few-shot state of a dummy query, put in its
+place.
 
 For demonstrations S and dummy queries x': theta_l = mean over x' of resid[l] at the last token of (S, x'); a query's
 resid[l] at its last token is overwritten by theta_l. The layer is the one with the best dev accuracy.

@@ -4,14 +4,15 @@
 
 One theta per layer and position, added to the residual stream; multi-token answers by the mean over their tokens.
 
-Each step is a replay: the prompts up to their first edited token are run once for the whole fit, a step costs the edited
-tokens and the answers. A sweep over layers is one run: one position per (prompt, layer); after each look at dev the worse
-half of the layers goes, until one is left.
+Each step is a replay: the prompts up to their first edited token are run once for the whole fit, a step costs the
+edited tokens and the answers. A sweep over layers is one run: one position per (prompt, layer); after each look at dev
+the worse half of the layers goes, until one is left.
 
-Where we differ, on purpose: the whole answer *with its terminator* is trained (else the vector does not know when to stop);
-`resid[l]` is the output of block l (the released code adds to its input); the learning rate is 0.01 x the rms of the site by
-default, because one number cannot serve residual streams whose scale differs by orders of magnitude (`LearnedTaskVector.
-paper()` and `.code()` are the published 1e-3 and 5e-3); zero init; layer and early stop on dev, which is not test.
+Where we differ, on purpose: the whole answer *with its terminator* is trained (else the vector does not know when to
+stop); `resid[l]` is the output of block l (the released code adds to its input); the learning rate is 0.01 x the rms
+of the site by default, because one number cannot serve residual streams whose scale differs by orders of magnitude
+(`LearnedTaskVector. paper()` and `.code()` are the published 1e-3 and 5e-3); zero init; layer and early stop on dev,
+which is not test.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,8 @@ from taskvec.vector import Add, Edit, TaskVector, Where
 class LearnedTaskVector:
     """Fields.
 
-    - `layer`: one layer; several (a vector at each, trained together); None: a sweep over `sweep` layers, one at a time.
+    - `layer`: one layer; several (a vector at each, trained together); None: a sweep over `sweep` layers, one at a
+      time.
     - `positions`: tokens counted from the prompt's end.
     - `prompt`: train and use it on zero-shot prompts, or on top of the few-shot prompt.
     - `lr`: AdamW's learning rate; None: `lr_rms` x the root mean square of the site's clean activations.

@@ -8,8 +8,9 @@ Shapes: N queries, d width of the site. Rows are queries here (the paper writes 
 and h + W h replaces h at the same site. The vector depends on the query; no gradient, no labels beyond the
 demonstrations', no layer search.
 
-Where we differ, on purpose: fitted and applied at one site, `lm_head_in` (the released code fits after the final norm and
-adds before it); the factors H and A are kept instead of W, so that a vector has 2 N d numbers; the solve is float64.
+Where we differ, on purpose: fitted and applied at one site, `lm_head_in` (the released code fits after the final norm
+and adds before it); the factors H and A are kept instead of W, so that a vector has 2 N d numbers; the solve is
+float64.
 """
 
 from collections.abc import Sequence
@@ -31,13 +32,15 @@ from taskvec.vector import Affine, Edit, TaskVector, Where
 def ridge_dual(h: Float[Tensor, "N d"], y: Float[Tensor, "N d"], ridge: float) -> Float[Tensor, "N d"]:
     """A = (H H' + lam I)^-1 Y in float64: the dual coefficients of ridge without intercept (section 3 of the paper)."""
     h, y = h.double(), y.double()
-    return torch.linalg.solve(h @ h.T + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device), y)
+    gram: Tensor = h @ h.T + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return torch.linalg.solve(gram, y)
 
 
 @dataclass(frozen=True)
 class LinearTaskVector:
-    """`ridge`: lam, in the squared units of the states (paper: 5.0); `queries`: N, unlabelled (paper: 256); `site`: where
-    states are read and edited; `where`: `last_prompt` (the released code) or `each_last` (the paper's appendix A.5)."""
+    """`ridge`: lam, in the squared units of the states (paper: 5.0); `queries`: N, unlabelled (paper: 256); `site`:
+    where states are read and edited; `where`: `last_prompt` (the released code) or `each_last` (the paper's appendix
+    A.5)."""
 
     name: ClassVar[str] = "linear"
     ridge: float = 5.0

@@ -1,8 +1,8 @@
 """Mean difference: the mean of (few-shot state - zero-shot state), added. The simplest vector, and a control.
 
 theta_s = mean over queries x of h_icl(x) - h_zs(x) at site s and the last prompt token. It is the "Vanilla TV" of the
-Learned TV paper (arXiv 2509.24169) with a mean in place of one query, and at `lm_head_in` the constant-map ablation of the
-Linear TV paper (arXiv 2605.20730, appendix A.7), where it is a constant bias of the logits.
+Learned TV paper (arXiv 2509.24169) with a mean in place of one query, and at `lm_head_in` the constant-map ablation of
+the Linear TV paper (arXiv 2605.20730, appendix A.7), where it is a constant bias of the logits.
 
 Where we differ: the site is chosen on dev among all layers and `lm_head_in` unless it is named.
 """

@@ -20,7 +20,8 @@ class ZeroShot:
     name: ClassVar[str] = "zero-shot"
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
-        """Nothing to fit. The origin names the demonstrations that few-shot beside it would use; none of them is read."""
+        """Nothing to fit. The origin names the demonstrations that few-shot beside it would use; none of them is
+        read."""
         train, dev = single(train, dev)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             fitting.labels = 0

@@ -1,8 +1,8 @@
 """The exact engine: many prompts, edits and continuations in few passes, and the plain way as its twin."""
 
+from taskvec.replay.packed import Packed
 from taskvec.replay.plain import Plain
 from taskvec.replay.run import packs, replay
-from taskvec.replay.packed import Packed
 from taskvec.replay.tree import Segment, Tree
 from taskvec.replay.trials import Answers, Ask, Budget, Trial
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from taskvec.lm import LM, Encoded
 from taskvec.replay.plain import ended, logprob, stack
-from taskvec.replay.trials import Answers, Ask, Budget, Trial
 from taskvec.replay.tree import ROOT, Segment, Tree
+from taskvec.replay.trials import Answers, Ask, Budget, Trial
 from taskvec.vector import Edit, TaskVector
 
 
@@ -189,7 +189,8 @@ class Packed:
 
 @dataclass(frozen=True, eq=False)
 class _Here:
-    """The trials of one pass: the tree that holds them, their segments, their last prompt token's logits, their numbers."""
+    """The trials of one pass: the tree that holds them, their segments, their last prompt token's logits, their
+    numbers."""
 
     tree: Tree
     nodes: Sequence[int]

@@ -1,6 +1,7 @@
 """The plain way: whole prompts, padded, through `inject` and the model's own forward, without a cache.
 
-It is what the packed engine is held against, and what serves models that cannot be packed. Same interface, same numbers.
+It is what the packed engine is held against, and what serves models that cannot be packed. Same interface, same
+numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -92,4 +93,5 @@ def logprob(logits: Tensor, label: Sequence[int]) -> Tensor:
 
 
 def stack(rows: Sequence[Tensor]) -> Tensor:
+    """The rows as one tensor; an empty (0, 0) one for none."""
     return torch.stack(list(rows)) if rows else torch.zeros(0, 0)

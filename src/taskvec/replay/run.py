@@ -25,7 +25,8 @@ def replay(
     budget: Budget | None = None,
     keep: bool = False,
 ) -> Packed | Plain:
-    """An engine over `prompts`. `starts[i]` is the first token of prompt i that a trial may edit (default: its last)."""
+    """An engine over `prompts`. `starts[i]` is the first token of prompt i that a trial may edit (default: its
+    last)."""
     prove(lm)
     if packs(lm) is not None:
         return Plain(lm, prompts)
@@ -34,8 +35,8 @@ def replay(
 
 
 def packs(lm: LM) -> str | None:
-    """None if the model can be packed, else the reason why not. Proved once: a two-segment packed pass against the plain
-    one, behind a prefix of 40 tokens. No model's name is trusted."""
+    """None if the model can be packed, else the reason why not. Proved once: a two-segment packed pass against the
+    plain one, behind a prefix of 40 tokens. No model's name is trusted."""
     if "packed" not in lm.proofs:
         lm.proofs["packed"] = _why_not(lm)
         if lm.proofs["packed"] is not None:

@@ -44,7 +44,8 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Grown:
-    """What one pass over new segments gave: the tree with them, their numbers, their kept logits, and captured states."""
+    """What one pass over new segments gave: the tree with them, their numbers, their kept logits, and captured
+    states."""
 
     tree: "Tree"
     nodes: tuple[int, ...]
@@ -161,7 +162,8 @@ class Tree:
 
 
 def _fork(cache: Any) -> Any:
-    """A cache that starts with the same tensors. Growing it never touches the first: layers rebind, they don't write."""
+    """A cache that starts with the same tensors. Growing it never touches the first: layers rebind, they don't
+    write."""
     from transformers import DynamicCache
 
     if cache is None:

@@ -24,9 +24,9 @@ class Trial:
 class Ask:
     """What is wanted of each trial.
 
-    `keep(i, logits)`: what to keep of trial i's logits (V,) at the last prompt token, a tensor of one shape for all trials;
-    `labels`: the summed log-probability of each; `max_new`: a greedy answer of at most so many tokens, which ends at an end
-    token or where `done(i, text)` holds; `states`: these sites at the last prompt token.
+    `keep(i, logits)`: what to keep of trial i's logits (V,) at the last prompt token, a tensor of one shape for all
+    trials; `labels`: the summed log-probability of each; `max_new`: a greedy answer of at most so many tokens, which
+    ends at an end token or where `done(i, text)` holds; `states`: these sites at the last prompt token.
     """
 
     keep: Callable[[int, Tensor], Tensor] | None = None

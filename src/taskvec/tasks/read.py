@@ -67,7 +67,8 @@ def read_sidecar(path: Path) -> Sidecar:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """All examples of a JSONL file. Blank lines are passed over; any other bad line is a `DataError` with its number."""
+    """All examples of a JSONL file. Blank lines are passed over; any other bad line is a `DataError` with its
+    number."""
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -24,8 +24,9 @@ def answer_nll(logits: Any, target: Any) -> Any:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What a task's splits share: its name, format, number of shots, labels (None: an open task), loss, data hash, and the
-    distinct outputs that occur (sorted: they say what answers look like, not which input has which)."""
+    """What a task's splits share: its name, format, number of shots, labels (None: an open task), loss, data hash,
+    number of test items, and the distinct outputs that occur (they say what answers look like, not which input has
+    which)."""
 
     name: str
     format: PromptFormat = field(default_factory=lambda: PromptFormat.named("qa"))
@@ -34,6 +35,7 @@ class TaskSpec:
     loss: Loss = answer_nll
     data_hash: str = ""
     outputs: tuple[str, ...] = ()
+    n_test: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,13 @@ class Task:
     def from_examples(cls, spec: TaskSpec, examples: Sequence[Example], *, n_test: int = 100) -> "Task":
         """Check the examples and cut them. Raises `DataError` where they are too few or repeat an input."""
         outputs = spec.labels or tuple(sorted({example.output for example in examples}))
-        spec = replace(spec, data_hash=_data_hash(examples, spec.labels), outputs=outputs)
+        tests, devs = min(n_test, int(0.4 * len(examples))), min(100, int(0.2 * len(examples)))
+        spec = replace(spec, data_hash=_data_hash(examples, spec.labels), outputs=outputs, n_test=tests)
         _check(spec, examples)
         if n_test < 1:
             raise InputError("at least one test item", f"n_test = {n_test}", "raise --n-test")
         order = list(examples)
         random.Random(spec.data_hash).shuffle(order)
-        tests, devs = min(n_test, int(0.4 * len(order))), min(100, int(0.2 * len(order)))
         train = order[tests + devs :]
         if len(train) <= spec.shots or not devs or not tests:
             raise DataError(
@@ -142,7 +144,7 @@ class Task:
     def with_format(self, format: PromptFormat) -> "Task":
         """The same task and splits under another prompt format."""
         spec = replace(self.spec, format=format)
-        return Task(spec, *(replace(split, spec=spec) for split in (self.train, self.dev, self.test)))
+        return Task(spec, replace(self.train, spec=spec), replace(self.dev, spec=spec), replace(self.test, spec=spec))
 
 
 def _data_hash(examples: Sequence[Example], labels: tuple[str, ...] | None) -> str:

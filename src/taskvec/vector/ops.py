@@ -63,6 +63,7 @@ class Add(Op):
     vector: Float[Tensor, " w"]
 
     def apply(self, h: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        """h + v."""
         return h + like(self.vector, h)
 
 
@@ -73,6 +74,7 @@ class Replace(Op):
     vector: Float[Tensor, " w"]
 
     def apply(self, h: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        """v for every token."""
         return like(self.vector, h).expand_as(h)
 
 
@@ -85,6 +87,7 @@ class Blend(Op):
     weight: float = 0.5
 
     def apply(self, h: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        """keep h + weight v."""
         return self.keep * h + self.weight * like(self.vector, h)
 
 
@@ -100,6 +103,7 @@ class Affine(Op):
     bias: Float[Tensor, " w"] | None = None
 
     def apply(self, h: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        """h + (h R') L + b."""
         moved = h + (h @ like(self.read, h).T) @ like(self.write, h)
         return moved if self.bias is None else moved + like(self.bias, h)
 
@@ -111,9 +115,11 @@ class AddKeepNorm(Op):
     vector: Float[Tensor, " w"]
 
     def apply(self, h: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        """(h + v) |h| / |h + v|."""
         moved = h + like(self.vector, h)
         norm, new = h.norm(dim=-1, keepdim=True), moved.norm(dim=-1, keepdim=True)
-        return moved * (norm / new.clamp_min(torch.finfo(h.dtype).tiny))
+        scale: Tensor = norm / new.clamp_min(torch.finfo(h.dtype).tiny)
+        return moved * scale
 
 
 OPS: dict[str, type[Op]] = {

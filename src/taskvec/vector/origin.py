@@ -56,8 +56,8 @@ class FormatRecord(_Plain):
 class Origin(_Plain):
     """Method, hyper-parameters, model, template, data, seed, demonstrations and cost of one fit.
 
-    `prompt` says on which prompts the vector works: `zero-shot`, or `few-shot` behind `demos`. `max_new_tokens` is how long
-    an answer of the task may get.
+    `prompt` says on which prompts the vector works: `zero-shot`, or `few-shot` behind `demos`. `max_new_tokens` is how
+    long an answer of the task may get, `n_test` how many of the data's items were kept away from the fit.
     """
 
     method: str
@@ -67,6 +67,7 @@ class Origin(_Plain):
     format: FormatRecord
     task: str
     data_hash: str
+    n_test: int = 0
     labels: tuple[str, ...] | None = None
     seed: int
     demos: tuple[Example, ...] = ()

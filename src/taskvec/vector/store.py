@@ -41,7 +41,8 @@ class EditRecord(_Plain):
 
 
 class Manifest(_Plain):
-    """The configuration file. `checksum` is the SHA-256 of the rest; `files` and `tensors` hold those of the contents."""
+    """The configuration file. `checksum` is the SHA-256 of the rest; `files` and `tensors` hold those of the
+    contents."""
 
     format_version: int
     edits: tuple[EditRecord, ...]

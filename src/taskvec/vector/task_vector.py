@@ -17,8 +17,8 @@ from taskvec.vector.origin import Origin
 class TaskVector:
     """An in-context task vector: edits in the order they act, and their origin (None: made by hand).
 
-    Plain data: apply it with `with inject(lm, vector):`. Without edits it is its origin's bare prompt: zero-shot, or few-shot
-    with the demonstrations named there. `source` is the folder it was loaded from.
+    Plain data: apply it with `with inject(lm, vector):`. Without edits it is its origin's bare prompt: zero-shot, or
+    few-shot with the demonstrations named there. `source` is the folder it was loaded from.
     """
 
     edits: tuple[Edit, ...]
@@ -39,7 +39,8 @@ class TaskVector:
         return tuple(dict.fromkeys(edit.site for edit in self.edits))
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False, card: str | None = None) -> None:
-        """Write the vector folder: tensors, configuration, card. All or nothing; an existing folder is an `InputError`."""
+        """Write the vector folder: tensors, configuration, card. All or nothing; an existing folder is an
+        `InputError`."""
         from taskvec.vector.store import save
 
         save(self, Path(folder), overwrite=overwrite, card=card)

@@ -20,9 +20,9 @@ def score(
 ) -> Results:
     """One row: accuracy with intervals, closeness to few-shot, cost.
 
-    `condition` is what `fit` returned; None is the bare zero-shot prompt. `reference` is few-shot on the same split; where it
-    is not given, it is run with the demonstrations that the condition's origin names, and without any the fields that
-    compare with few-shot are None.
+    `condition` is what `fit` returned; None is the bare zero-shot prompt. `reference` is few-shot on the same split;
+    where it is not given, it is run with the demonstrations that the condition's origin names, and without any the
+    fields that compare with few-shot are None.
     """
     origin = condition.origin if condition is not None else None
     if reference is None and origin is not None and origin.demos:

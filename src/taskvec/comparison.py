@@ -8,7 +8,7 @@ import numpy as np
 
 from taskvec import methods as registry
 from taskvec import results
-from taskvec.errors import InputError, UnknownName
+from taskvec.errors import InputError
 from taskvec.evaluate import Condition, Observation, observe, random_like, score_observed
 from taskvec.evaluate.metrics import kl
 from taskvec.lm import LM
@@ -16,7 +16,7 @@ from taskvec.methods import Method
 from taskvec.progress import track
 from taskvec.results import Metric, Results, Verdict
 from taskvec.tasks import Task
-from taskvec.vector import Adapted, TaskVector, VectorSource
+from taskvec.vector import TaskVector, VectorSource
 
 PROMPTED = ("zero-shot", "few-shot")
 DEFAULT = ("hendel", "linear", "learned")
@@ -24,7 +24,8 @@ DEFAULT = ("hendel", "linear", "learned")
 
 @dataclass(frozen=True)
 class Comparison:
-    """The results of one seed, what was fitted by name, and which of the candidates dev chose (None: there was none)."""
+    """The results of one seed, what was fitted by name, and which of the candidates dev chose (None: there was
+    none)."""
 
     results: Results
     fitted: Mapping[str, Condition]
