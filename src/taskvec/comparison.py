@@ -78,10 +78,13 @@ def _with_controls(methods: Sequence[str | Method]) -> list[Method]:
     names = [m.name for m in asked]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError("each method once", f"{', '.join(twice)} twice", "compare one setting at a time")
-    controls = [registry.make(name) for name in ("zero-shot", "few-shot", "mean-difference") if name not in names]
-    return sorted(
-        [*controls, *asked], key=lambda m: registry.CONTROLS.index(m.name) if m.name in registry.CONTROLS else 9
-    )
+    controls = [registry.make(name) for name in (*PROMPTED, "mean-difference") if name not in names]
+    return sorted([*controls, *asked], key=lambda method: _order(method.name))
+
+
+def _order(name: str) -> int:
+    """Controls stand first in a table."""
+    return registry.CONTROLS.index(name) if name in registry.CONTROLS else len(registry.CONTROLS)
 
 
 def _fit_all(lm: LM, task: Task, methods: Sequence[Method], seed: int) -> dict[str, Condition]:
@@ -111,7 +114,7 @@ def _random(condition: Condition, seed: int) -> dict[str, Condition]:
 def _score_all(
     lm: LM, task: Task, fitted: Mapping[str, Condition], seed: int, chosen: str
 ) -> tuple[dict[str, Observation], Results]:
-    order = sorted(fitted, key=lambda name: registry.CONTROLS.index(name) if name in registry.CONTROLS else 9)
+    order = sorted(fitted, key=_order)
     seen, total = dict[str, Observation](), Results(())
     reference = seen["few-shot"] = observe(lm, task.test, fitted["few-shot"])
     for name in track(order, "test", len(order)):

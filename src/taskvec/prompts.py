@@ -7,6 +7,7 @@ once, for all methods.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -105,7 +106,7 @@ class PromptFormat:
     def hash(self) -> str:
         """SHA-256 of everything that shapes a prompt."""
         parts = (self.template, self.instruction, str(self.special_tokens), str(self.name == "chat"))
-        return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def answer(self, output: str) -> str:
         """The answer's text as it follows a prompt: with the blanks that the template puts before `{output}`."""

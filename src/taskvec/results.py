@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.errors import InputError
+from taskvec.errors import InputError, UnknownName
 
 Values = NDArray[np.float64]
 RESAMPLES = 2000
@@ -96,8 +96,11 @@ class Results:
         return Results(self.rows + other.rows, self.examples + other.examples, self.verdicts + other.verdicts)
 
     def __getitem__(self, method: str) -> Row:
-        """The first row of that method."""
-        return next(row for row in self.rows if row.method == method)
+        """The first row of that method. Raises `UnknownName` where there is none."""
+        for row in self.rows:
+            if row.method == method:
+                return row
+        raise UnknownName("a method with a row", repr(method), f"the rows are of {[row.method for row in self.rows]}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: `rows` and `verdicts`."""
@@ -233,16 +236,20 @@ def average_seeds(results: Results) -> list[Row]:
 def _averaged(rows: list[Row]) -> Row:
     if len(rows) == 1:
         return rows[0]
-    changes: dict[str, Any] = {}
-    for name in (f.name for f in fields(Row)):
-        values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-        if values and isinstance(values[0], Metric):
-            changes[name] = Metric(
-                *(float(np.mean([getattr(v, part) for v in values])) for part in ("value", "low", "high"))
-            )
-        elif values and isinstance(values[0], int | float) and name not in ("seed", "n"):
-            changes[name] = float(np.mean(values))
-    return replace(rows[0], **changes)
+    columns = {f.name: [getattr(row, f.name) for row in rows if getattr(row, f.name) is not None] for f in fields(Row)}
+    means: dict[str, Any] = {
+        name: _mean_of(values) for name, values in columns.items() if name not in ("seed", "n") and values
+    }
+    return replace(rows[0], **{name: value for name, value in means.items() if value is not None})
+
+
+def _mean_of(values: list[Any]) -> Any:
+    """The mean of metrics or numbers; None for anything else."""
+    if isinstance(values[0], Metric):
+        return Metric(*(float(np.mean([getattr(v, part) for v in values])) for part in ("value", "low", "high")))
+    if not isinstance(values[0], int | float):
+        return None
+    return round(float(np.mean(values))) if isinstance(values[0], int) else float(np.mean(values))
 
 
 def _cell(value: Any) -> str:

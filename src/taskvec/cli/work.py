@@ -177,22 +177,28 @@ def make_methods(names: list[str] | None, settings: list[str] | None, *, compili
     """The methods asked for (None: the default ones) with their `--set` fields."""
     from taskvec.comparison import DEFAULT
 
-    asked = list(dict.fromkeys(DEFAULT if names is None else names))
+    fields = _parse_settings(settings or [])
+    controls = [name for name in fields if name in registry.CONTROLS]
+    asked = list(dict.fromkeys([*(DEFAULT if names is None else names), *controls]))
+    for name in fields:
+        if name not in asked or name == "random":
+            raise InputError("--set for a method that runs", repr(name), f"add --method {name}")
+    made = [registry.make(name, fields.get(name)) for name in asked if name != "random"]
+    if compiling and not any(method.name not in registry.CONTROLS[:2] for method in made):
+        raise UnknownName("a method that makes a vector", ", ".join(asked), "add --method learned, for example")
+    return made
+
+
+def _parse_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
+    """METHOD.FIELD=VALUE, by method and field."""
     fields: dict[str, dict[str, str]] = {}
-    for setting in settings or ():
+    for setting in settings:
         target, equals, value = setting.partition("=")
         method, dot, field = target.partition(".")
         if not (equals and dot):
             raise InputError("--set METHOD.FIELD=VALUE", repr(setting), "write it like learned.layer=12")
         fields.setdefault(method, {})[field] = value
-    made = [registry.make(name, fields.pop(name, None)) for name in asked if name != "random"]
-    for extra in list(fields):
-        if extra not in registry.CONTROLS or extra == "random":
-            raise InputError("--set for a method that runs", repr(extra), f"add --method {extra}")
-        made.append(registry.make(extra, fields.pop(extra)))
-    if compiling and not any(method.name not in registry.CONTROLS[:2] for method in made):
-        raise UnknownName("a method that makes a vector", ", ".join(asked), "add --method learned, for example")
-    return made
+    return fields
 
 
 def _task(data: str, prompts: PromptOptions) -> Task:

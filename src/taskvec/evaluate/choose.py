@@ -9,7 +9,7 @@ from torch import Tensor
 from taskvec.evaluate.observe import encode_answers
 from taskvec.lm import LM
 from taskvec.prompts import Example
-from taskvec.replay import Ask, Trial, replay
+from taskvec.replay import Answers, Ask, Trial, replay
 from taskvec.replay.trials import first_edited
 from taskvec.tasks import Dev
 from taskvec.vector import TaskVector
@@ -35,10 +35,19 @@ def choose(
     """
     dev = replace(dev, examples=dev.examples[:limit])
     prompts = [lm.encode(dev.spec.format.prompt(example.input, shown)) for example in dev.examples]
-    golds, labels, longest = encode_answers(lm, dev, shown)
     trials = [Trial(i, vector) for vector in candidates for i in range(len(prompts))]
     starts = [min(first_edited(prompt, vector) for vector in candidates) for prompt in prompts]
-    ends, cut = dev.spec.format.terminator, dev.spec.format.cut
+    answers = replay(lm, prompts, starts=starts).answer(trials, _ask(lm, dev, trials, shown))
+    hits = torch.tensor(_hits(lm, dev, trials, answers)).float().reshape(len(candidates), -1).mean(1)
+    logs = answers.kept.reshape(len(candidates), -1).mean(1)
+    best = max(range(len(candidates)), key=lambda c: (float(hits[c]), float(logs[c]), -c))
+    return Choice(best, tuple(hits.tolist()), tuple(logs.tolist()))
+
+
+def _ask(lm: LM, dev: Dev, trials: Sequence[Trial], shown: Sequence[Example]) -> Ask:
+    """Each trial's log-probability of the gold answer's first token, and its labels or its greedy answer."""
+    golds, labels, longest = encode_answers(lm, dev, shown)
+    ends = dev.spec.format.terminator
 
     def settled(trial: int, text: str) -> bool:
         """Complete, or already not the gold answer: an exact match is all that counts here."""
@@ -47,15 +56,13 @@ def choose(
     def gold_logprob(trial: int, logits: Tensor) -> Tensor:
         return logits.log_softmax(-1)[golds[trials[trial].prompt][0]]
 
-    greedy = 0 if labels else longest
-    ask = Ask(keep=gold_logprob, labels=labels, max_new=greedy, done=settled)
-    answers = replay(lm, prompts, starts=starts).answer(trials, ask)
-    wanted = [dev.examples[trial.prompt].output for trial in trials]
-    if dev.spec.labels:
-        got = [dev.spec.labels[int(i)] for i in answers.label_logprobs.argmax(-1)]
+    return Ask(keep=gold_logprob, labels=labels, max_new=0 if labels else longest, done=settled)
+
+
+def _hits(lm: LM, dev: Dev, trials: Sequence[Trial], answers: Answers) -> list[bool]:
+    labels, cut = dev.spec.labels, dev.spec.format.cut
+    if labels:
+        got = [labels[int(i)] for i in answers.label_logprobs.argmax(-1)]
     else:
         got = [cut(lm.decode(tokens)) for tokens in answers.tokens]
-    hits = torch.tensor([a == b for a, b in zip(got, wanted, strict=True)]).float().reshape(len(candidates), -1).mean(1)
-    logs = answers.kept.reshape(len(candidates), -1).mean(1)
-    best = max(range(len(candidates)), key=lambda c: (float(hits[c]), float(logs[c]), -c))
-    return Choice(best, tuple(hits.tolist()), tuple(logs.tolist()))
+    return [text == dev.examples[trial.prompt].output for text, trial in zip(got, trials, strict=True)]

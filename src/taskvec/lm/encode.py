@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad as pad_rows
 
 from taskvec.errors import InputError
 
@@ -73,15 +74,13 @@ class Batch:
     def of(cls, prompts: Sequence[Encoded], *, pad: int = 0, side: Literal["left", "right"] = "right") -> "Batch":
         """Pad `prompts` on one side. All of them carry ids, or all embeddings."""
         width = max(len(p) for p in prompts)
-        starts = [width - len(p) if side == "left" else 0 for p in prompts]
-        at = torch.arange(width)
-        mask = torch.stack([((at >= s) & (at < s + len(p))).long() for s, p in zip(starts, prompts, strict=True)])
+        sides = [(width - len(p), 0) if side == "left" else (0, width - len(p)) for p in prompts]
+        pairs = list(zip(prompts, sides, strict=True))
+        mask = torch.tensor([[0] * before + [1] * len(p) + [0] * after for p, (before, after) in pairs])
         if any(p.embeds is not None for p in prompts):
-            rows = [p.embeds for p in prompts if p.embeds is not None]
-            pads = [(0, 0, s, width - s - len(p)) for s, p in zip(starts, prompts, strict=True)]
-            padded = [torch.nn.functional.pad(row, pad_) for row, pad_ in zip(rows, pads, strict=True)]
-            return cls(tuple(prompts), mask, embeds=torch.stack(padded))
-        ids = [[pad] * s + list(p.ids) + [pad] * (width - s - len(p)) for s, p in zip(starts, prompts, strict=True)]
+            rows = [pad_rows(p.embeds, (0, 0, *around)) for p, around in pairs if p.embeds is not None]
+            return cls(tuple(prompts), mask, embeds=torch.stack(rows))
+        ids = [[pad] * before + list(p.ids) + [pad] * after for p, (before, after) in pairs]
         return cls(tuple(prompts), mask, ids=torch.tensor(ids))
 
     @property

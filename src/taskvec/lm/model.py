@@ -330,7 +330,7 @@ class LM:
             return self.call(**self.inputs(batch), use_cache=False, **extra).logits  # type: ignore[no-any-return]
 
     @overload
-    def generate(self, prompts: Text, *, max_new_tokens: int = ..., stop: str | None = ...) -> str: ...
+    def generate(self, prompts: Text, *, max_new_tokens: int = ..., stop: str | None = ...) -> str: ...  # type: ignore[overload-overlap]
     @overload
     def generate(self, prompts: Sequence[Text], *, max_new_tokens: int = ..., stop: str | None = ...) -> list[str]: ...
     def generate(

@@ -33,7 +33,8 @@ def ridge_dual(h: Float[Tensor, "N d"], y: Float[Tensor, "N d"], ridge: float) -
     """A = (H H' + lam I)^-1 Y in float64: the dual coefficients of ridge without intercept (section 3 of the paper)."""
     h, y = h.double(), y.double()
     gram: Tensor = h @ h.T + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    return torch.linalg.solve(gram, y)
+    coefficients: Tensor = torch.linalg.solve(gram, y)
+    return coefficients
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from taskvec.hooks import Captured
 from taskvec.lm import LM, Encoded
 from taskvec.replay.plain import ended, logprob, stack
 from taskvec.replay.tree import ROOT, Segment, Tree
@@ -101,29 +102,23 @@ class Packed:
     @torch.no_grad()
     def answer(self, trials: Sequence[Trial], ask: Ask) -> Answers:
         """What `ask` wants of each trial. Labels and greedy answers grow on the trial's own segment."""
-        kept, labels, tokens = dict[int, Tensor](), dict[int, Tensor](), dict[int, list[int]]()
-        states: dict[int, dict[str, Tensor]] = {}
+        found: dict[int, _Found] = {}
         for tree, numbers, segments in self._chunks(trials):
             grown = tree.grow(segments, states=ask.states)
-            here = _Here(
-                grown.tree, grown.nodes, [out[-1] for out in grown.logits], numbers, [trials[i] for i in numbers]
-            )
-            if ask.keep:
-                kept |= {i: ask.keep(i, last.float()).cpu() for i, last in zip(numbers, here.lasts, strict=True)}
-            if ask.labels:
-                labels |= dict(zip(numbers, self._labels(here, ask), strict=True))
-            if ask.max_new:
-                tokens |= dict(zip(numbers, self._greedy(here, ask), strict=True))
-            for place, i in enumerate(numbers):
-                found = grown.states
-                states[i] = {str(s): found[s][0, place].float().cpu() for s in ask.states} if found is not None else {}
-        order = range(len(trials))
-        return Answers(
-            stack([kept[i] for i in order if i in kept]),
-            stack([labels[i] for i in order if i in labels]),
-            [tokens[i] for i in order if i in tokens],
-            {site: torch.stack([states[i][str(site)] for i in order]) for site in ask.states},
-        )
+            lasts = [out[-1] for out in grown.logits]
+            here = _Here(grown.tree, grown.nodes, lasts, numbers, [trials[i] for i in numbers])
+            found |= dict(zip(numbers, self._found(here, grown.states, ask), strict=True))
+        return _gathered([found[i] for i in range(len(trials))], ask)
+
+    def _found(self, here: "_Here", seen: Captured | None, ask: Ask) -> "list[_Found]":
+        labels = self._labels(here, ask) if ask.labels else [None] * len(here.trials)
+        tokens = self._greedy(here, ask) if ask.max_new else [None] * len(here.trials)
+        kept = [
+            ask.keep(i, last.float()).cpu() if ask.keep else None
+            for i, last in zip(here.numbers, here.lasts, strict=True)
+        ]
+        states = [[seen[s][0, i].float().cpu() for s in ask.states] if seen else [] for i in range(len(here.trials))]
+        return [_Found(*parts) for parts in zip(kept, labels, tokens, states, strict=True)]
 
     def _chunks(self, trials: Sequence[Trial]) -> Iterator[tuple[Tree, list[int], list[Segment]]]:
         """Trials grove by grove, in passes that fit the budget."""
@@ -197,6 +192,25 @@ class _Here:
     lasts: Sequence[Tensor]
     numbers: Sequence[int]
     trials: Sequence[Trial]
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """One trial's answers."""
+
+    kept: Tensor | None
+    labels: Tensor | None
+    tokens: list[int] | None
+    states: list[Tensor]
+
+
+def _gathered(found: Sequence[_Found], ask: Ask) -> Answers:
+    return Answers(
+        stack([one.kept for one in found if one.kept is not None]),
+        stack([one.labels for one in found if one.labels is not None]),
+        [one.tokens for one in found if one.tokens is not None],
+        {site: torch.stack([one.states[k] for one in found]) for k, site in enumerate(ask.states)},
+    )
 
 
 def _edits(vector: TaskVector | None) -> tuple[Edit, ...]:

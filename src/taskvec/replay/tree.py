@@ -8,6 +8,7 @@ against the plain forward on every architecture. Nothing is padded and nothing i
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,29 +78,19 @@ class Tree:
         `states` are captured at each segment's last token, in order: (1, S_new, w).
         Under gradients the new tree's cache holds the graph: use it for that step only. This tree stays clean.
         """
-        first = len(self.ends)
         tree = self._with(segments)
-        sizes = [len(segment) for segment in segments]
-        stops = torch.tensor(sizes).cumsum(0).tolist()
+        stops = torch.tensor([len(segment) for segment in segments]).cumsum(0)
         wanted = [max(segment.keep, 1 if states else 0) for segment in segments]
-        lasts = torch.tensor([stop - 1 for stop in stops])
-        columns = [c for stop, n in zip(stops, wanted, strict=True) for c in range(stop - n, stop)]
-        placed = [
-            Placed(edit, (0,) * len(offsets), tuple(stop - size + o for o in offsets))
-            for segment, stop, size in zip(segments, stops, sizes, strict=True)
-            for edit, offsets in segment.edits
-        ]
-        inputs = tree._inputs(segments, len(self), columns or [stops[-1] - 1])
-        with inject_at(self.lm, _together(placed)):
-            if states:
-                with capture(self.lm, states, columns=lasts) as captured:
-                    out = self.lm.call(**inputs)
-            else:
-                captured, out = None, self.lm.call(**inputs)
+        columns = [c for stop, n in zip(stops.tolist(), wanted, strict=True) for c in range(stop - n, stop)]
+        inputs = tree._inputs(segments, len(self), columns or [int(stops[-1]) - 1])
+        with inject_at(self.lm, _placed(segments, stops.tolist())), ExitStack() as stack:
+            seen = stack.enter_context(capture(self.lm, states, columns=stops - 1)) if states else None
+            out = self.lm.call(**inputs)
         # split, not indexing: the gradient of each indexed part would be a whole matrix of logits
         parts = out.logits[0].split(wanted) if columns else [out.logits[0, :0]] * len(segments)
         logits = tuple(part[len(part) - segment.keep :] for part, segment in zip(parts, segments, strict=True))
-        return Grown(tree, tuple(range(first, first + len(segments))), logits, captured)
+        first = len(self.ends)
+        return Grown(tree, tuple(range(first, first + len(segments))), logits, seen)
 
     def _with(self, segments: Sequence[Segment]) -> "Tree":
         """The tree with the segments' bookkeeping, and a cache of its own that shares this one's tensors."""
@@ -173,11 +164,11 @@ def _fork(cache: Any) -> Any:
     return fork
 
 
-def _together(placed: Sequence[Placed]) -> list[Placed]:
-    """Placements of one and the same edit joined, so that it acts once on all of its tokens."""
-    joined: dict[int, Placed] = {}
-    for item in placed:
-        known = joined.get(id(item.edit))
-        rows, cols = (known.rows, known.cols) if known is not None else ((), ())
-        joined[id(item.edit)] = Placed(item.edit, rows + item.rows, cols + item.cols)
-    return list(joined.values())
+def _placed(segments: Sequence[Segment], stops: Sequence[int]) -> list[Placed]:
+    """The segments' edits at their columns of the pass: one and the same edit acts once, on all of its tokens."""
+    joined: dict[int, tuple[Edit, list[int]]] = {}
+    for segment, stop in zip(segments, stops, strict=True):
+        for edit, offsets in segment.edits:
+            _, cols = joined.setdefault(id(edit), (edit, []))
+            cols += [stop - len(segment) + offset for offset in offsets]
+    return [Placed(edit, (0,) * len(cols), tuple(cols)) for edit, cols in joined.values()]

@@ -2,19 +2,22 @@
 
 import json
 import math
+import os
+import re
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from taskvec.errors import DataError, UnknownName
 from taskvec.prompts import Example, PromptFormat
 from taskvec.tasks.task import Task, TaskSpec
 
 _DATA = Path(str(files("taskvec.tasks") / "data"))
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")  # NUL, and halves of surrogate pairs: UTF-8 has no bytes for those
 
 
 class Sidecar(BaseModel):
@@ -60,8 +63,14 @@ def read_sidecar(path: Path) -> Sidecar:
         return Sidecar()
     try:
         return Sidecar.model_validate(yaml.safe_load(sidecar.read_text("utf-8")) or {})
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        found = str(error).splitlines()[0]
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # yaml lets all of them out
+        found = " ".join(str(error).splitlines()[:3])
         wanted = f"a sidecar {sidecar.name} with description, category, labels, format, instruction"
         raise DataError(wanted, found, "mend it or remove it") from None
 
@@ -81,10 +90,10 @@ def read_examples(path: Path) -> list[Example]:
 
 def _find(source: str | Path) -> Path:
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises where the name is too long
         return path
     builtin = _DATA / f"{str(source).replace('-', '_').lower()}.jsonl"
-    if path.name == str(source) and builtin.is_file():
+    if path.name == str(source) and os.path.isfile(builtin):
         return builtin
     names = ", ".join(builtin_tasks())
     raise UnknownName("a task file or a built-in task", repr(str(source)), f"check the path, or name one of: {names}")
@@ -93,7 +102,7 @@ def _find(source: str | Path) -> Path:
 def _example(line: str, place: str) -> Example:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of over 4,300 digits
         raise DataError(f"JSON at {place}", str(error), "mend the line") from None
     if not isinstance(row, dict) or not {"input", "output"} <= row.keys():
         found = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
@@ -103,9 +112,9 @@ def _example(line: str, place: str) -> Example:
 
 def _text(value: Any, place: str) -> str:
     if isinstance(value, str):
-        if value.strip() and "\x00" not in value:
+        if value.strip() and not _NO_TEXT.search(value):
             return value.strip()
         raise DataError(f"text in {place}", repr(value), "fill it in or remove the line")
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
         return json.dumps(value)
     raise DataError(f"a string or a finite number as {place}", repr(value), "mend the line")

@@ -116,8 +116,14 @@ def _move(new: Path, folder: Path) -> None:
         os.replace(new, folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    os.replace(folder, old / "was")
-    os.replace(new, folder)
+    try:
+        os.replace(folder, old / "was")
+        os.replace(new, folder)
+    except BaseException:
+        if not folder.exists():
+            os.replace(old / "was", folder)
+        shutil.rmtree(old, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -129,7 +135,7 @@ def _manifest(folder: Path) -> Manifest:
             raise _corrupt(folder, f"{CONFIG} has format version {version!r}, this taskvec reads {FORMAT_VERSION}")
         manifest = Manifest.model_validate(plain)
     except (ValueError, ValidationError, RecursionError) as error:
-        raise _corrupt(folder, f"{CONFIG} is not what was saved ({str(error).splitlines()[0]})") from None
+        raise _corrupt(folder, f"{CONFIG} is not what was saved ({' '.join(str(error).splitlines()[:3])})") from None
     if not manifest.intact():
         raise _corrupt(folder, f"{CONFIG} was changed after it was saved (its checksum differs)")
     return manifest
