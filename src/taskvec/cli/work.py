@@ -180,13 +180,11 @@ def make_methods(names: list[str] | None, settings: list[str] | None, *, compili
     fields = _parse_settings(settings or [])
     controls = [name for name in fields if name in registry.CONTROLS]
     asked = list(dict.fromkeys([*(DEFAULT if names is None else names), *controls]))
-    for name in fields:
-        if name not in asked or name == "random":
-            raise InputError("--set for a method that runs", repr(name), f"add --method {name}")
-    made = [registry.make(name, fields.get(name)) for name in asked if name != "random"]
-    if compiling and not any(method.name not in registry.CONTROLS[:2] for method in made):
+    for name in {*fields} - {*asked} | ({*fields} & {"random"}):
+        raise InputError("--set for a method that runs", repr(name), f"add --method {name}")
+    if compiling and not {*asked} - {"zero-shot", "few-shot", "random"}:
         raise UnknownName("a method that makes a vector", ", ".join(asked), "add --method learned, for example")
-    return made
+    return [registry.make(name, fields.get(name)) for name in asked if name != "random"]
 
 
 def _parse_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:

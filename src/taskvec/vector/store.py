@@ -59,6 +59,10 @@ class Manifest(_Plain):
         """Does the checksum fit?"""
         return self.checksum == self._digest()
 
+    def text(self) -> str:
+        """The file's text. There is one for each manifest, so that no byte of it can change unseen."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
     def _digest(self) -> str:
         plain = self.model_dump(mode="json", exclude={"checksum"})
         return _sha(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode())
@@ -106,7 +110,11 @@ def _write(vector: TaskVector, folder: Path, card: str) -> None:
         tensors={name: _tensor_sha(t) for name, t in tensors.items()},
         files={name: _sha(content) for name, content in contents.items()},
     ).sealed()
-    contents[CONFIG] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    try:
+        contents[CONFIG] = manifest.text().encode()
+    except ValueError as error:
+        found = f"{error} in the strengths, numbers or origin"
+        raise InputError("a vector that JSON can hold", found, "make them finite") from None
     for name, content in contents.items():
         (folder / name).write_bytes(content)
 
@@ -129,14 +137,16 @@ def _move(new: Path, folder: Path) -> None:
 
 def _manifest(folder: Path) -> Manifest:
     try:
-        plain = json.loads((folder / CONFIG).read_text("utf-8"))
+        content = (folder / CONFIG).read_bytes()
+        plain = json.loads(content.decode())
         version = plain.get("format_version") if isinstance(plain, dict) else None
         if version != FORMAT_VERSION:
             raise _corrupt(folder, f"{CONFIG} has format version {version!r}, this taskvec reads {FORMAT_VERSION}")
         manifest = Manifest.model_validate(plain)
+        same = content == manifest.text().encode()
     except (ValueError, ValidationError, RecursionError) as error:
         raise _corrupt(folder, f"{CONFIG} is not what was saved ({' '.join(str(error).splitlines()[:3])})") from None
-    if not manifest.intact():
+    if not same or not manifest.intact():
         raise _corrupt(folder, f"{CONFIG} was changed after it was saved (its checksum differs)")
     return manifest
 
@@ -162,6 +172,8 @@ def _record(edit: Edit) -> EditRecord:
     name = next((name for name, op in OPS.items() if type(edit.op) is op), None)
     if name is None:
         raise InputError(f"an op that can be saved: {', '.join(OPS)}", type(edit.op).__name__, "save another vector")
+    if (Site.parse(str(edit.site)), Where.parse(str(edit.where))) != (edit.site, edit.where):
+        raise InputError("a site and tokens that have a name", f"{edit.site!r}, {edit.where!r}", "save another vector")
     return EditRecord(
         site=str(edit.site),
         op=name,
