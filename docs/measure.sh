@@ -1,0 +1,14 @@
+#!/bin/sh
+# Measure what README and docs quote. Alone on the machine, please. Usage: docs/measure.sh BIN
+set -eu
+bin=$1
+out=docs/results
+keep() { mv "$out/.new.json" "$out/$1.json"; echo "$1" >&2; }
+"$bin/taskvec" demo --json > "$out/.new.json"; keep demo
+for name in replay shared_prefix learned_step; do
+    "$bin/python" "benchmarks/$name.py" --json > "$out/.new.json"; keep "bench_$name"
+done
+for task in past_tense plural capitalize examples/reviews.jsonl; do
+    "$bin/taskvec" eval "$task" --seed 0 --seed 1 --seed 2 --json > "$out/.new.json"
+    keep "eval_$(basename "$task" .jsonl)"
+done

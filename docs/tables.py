@@ -1,0 +1,121 @@
+"""The generated parts of README and docs. `make docs` writes them from the files in docs/results, `make check` checks.
+
+`make results` measures those files again (docs/measure.sh).
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = {
+    "accuracy": "accuracy",
+    "label_accuracy": "label accuracy",
+    "d_ntp": "d_ntp",
+    "d_ntp_full": "d_ntp_full",
+    "prompt_tokens": "prompt tokens",
+    "computed_tokens": "computed",
+    "query_ms": "ms a query",
+    "fit_seconds": "fit s",
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    """One measured file."""
+    loaded: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    return loaded
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """A metric with its interval, a number, or a dash."""
+    if isinstance(value, dict):
+        return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if isinstance(value, int | float) else str(value)
+
+
+def demo() -> str:
+    """The demo's table and verdict."""
+    result = read("demo")
+    rows = result["rows"]
+    shown = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
+    table = markdown(
+        ["method", *(COLUMNS[key] for key in shown)],
+        [[row["method"], *(cell(row[key]) for key in shown)] for row in rows],
+    )
+    n = rows[0]["n"]
+    return f"\n{table}\n\n(n = {n} test items, seed 0) **{result['verdicts'][0]['sentence']}**\n"
+
+
+def evaluation() -> str:
+    """Several tasks, three seeds: the mean of the seeds, and the lowest and highest seed behind it."""
+    rows = [
+        row
+        for name in ("eval_past_tense", "eval_plural", "eval_capitalize", "eval_reviews")
+        for row in read(name)["rows"]
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["method"]), []).append(row)
+    keys = ("accuracy", "label_accuracy", "d_ntp", "d_ntp_full", "agreement")
+    body = [
+        [task, method, str(some[0]["n"]), *(seeds(some, key) for key in keys)]
+        for (task, method), some in groups.items()
+    ]
+    return "\n" + markdown(["task", "method", "n", *keys], body) + "\n"
+
+
+def seeds(rows: list[dict[str, Any]], key: str) -> str:
+    """Mean (lowest to highest) over seeds."""
+    values = [row[key]["value"] for row in rows if row[key] is not None]
+    if not values:
+        return "-"
+    return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def benchmarks() -> str:
+    """The three ratios."""
+    body = []
+    for name in ("replay", "shared_prefix", "learned_step"):
+        result = read(f"bench_{name}")
+        parts = (
+            [("", result), (" at 400 tokens", result["at_400_tokens"])] if "at_400_tokens" in result else [("", result)]
+        )
+        for suffix, part in parts:
+            numbers = [f"{part['plain_s']:.1f} s", f"{part['packed_s']:.2f} s", f"{part['ratio']:.0f}"]
+            body.append([f"`{name}.py`{suffix}", *numbers, f"{part['largest_difference']:.0e}"])
+    return "\n" + markdown(["benchmark", "plain", "packed", "ratio", "largest difference"], body) + "\n"
+
+
+def methods() -> str:
+    """The methods with the first line of their pages."""
+    import importlib
+
+    from taskvec import methods as registry
+
+    body = []
+    for name in registry.names():
+        module = importlib.import_module(registry.get(name).__module__)
+        body.append([f"`{name}`", (module.__doc__ or "").splitlines()[0]])
+    return "\n" + markdown(["method", "what it is"], body) + "\n"
+
+
+def commands() -> str:
+    """The commands with their first lines."""
+    from taskvec.cli.app import app
+
+    body = [
+        [f"`taskvec {c.callback.__name__}`", (c.callback.__doc__ or "").splitlines()[0]]
+        for c in app.registered_commands
+        if c.callback is not None
+    ]
+    return "\n" + markdown(["command", "what it does"], body) + "\n"
