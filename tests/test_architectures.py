@@ -1,7 +1,8 @@
-"""Every family: sites found and proved, captures against transformers' own outputs, edits against a hand-written hook."""
+"""Every family: sites found and proved, captures against transformers' own, edits against a hand-written hook."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def _plain_hook(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
         handle.remove()
 
 
-# --- what is there -----------------------------------------------------------------------------------------------------
+# --- what is there ---------------------------------------------------------------------------------------------------
 
 
 @main_families
@@ -102,7 +103,7 @@ def test_a_layer_or_head_beyond_the_last_is_a_missing_site(name: str) -> None:
         pass
 
 
-# --- what is read ------------------------------------------------------------------------------------------------------
+# --- what is read ----------------------------------------------------------------------------------------------------
 
 
 @additive_families
@@ -165,7 +166,7 @@ def test_heads_side_by_side_are_the_input_of_the_output_projection(name: str) ->
     assert len({lm.width(Site.parse(part)) for part in parts}) == 1
 
 
-# --- what is changed ---------------------------------------------------------------------------------------------------
+# --- what is changed -------------------------------------------------------------------------------------------------
 
 
 @every_family
@@ -181,7 +182,7 @@ def test_an_add_at_resid_equals_a_hand_written_hook(name: str, side: str) -> Non
         shift = where[..., None] * v
         with torch.no_grad():
             bare = lm.forward(batch)
-            with _plain_hook(blocks[layer], lambda h, shift=shift: h + shift):
+            with _plain_hook(blocks[layer], partial(torch.add, shift)):
                 expected = lm.forward(batch)
             with inject(lm, TaskVector((Edit(Site("resid", layer), Add(v)),))):
                 got = lm.forward(batch)
@@ -253,7 +254,7 @@ def test_proving_a_model_leaves_the_global_generator_and_its_hooks_alone(name: s
     assert tiny.count_hooks(lm.model) == hooks
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "granite"])

@@ -56,7 +56,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     # the twelve main families
     "llama": ("Llama", {**_LLAMA, "attention_bias": True}),
     "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 20}),
-    "gemma3": ("Gemma3", {**_LLAMA, **_WINDOWED, "hidden_size": 40}),
+    "gemma3": ("Gemma3", {**_LLAMA, **_WINDOWED, "hidden_size": 40, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", _GPT2),
     "gpt_neox": ("GPTNeoX", {**_LLAMA, "hidden_size": 48, "num_key_value_heads": None}),
     "gptj": ("GPTJ", {**_GPT2, "rotary_dim": 4}),
@@ -135,8 +135,8 @@ _TRAINING = (
 def tokenizer() -> Any:
     """A byte-level BPE tokenizer of printable ASCII and a few merges, with offsets, `<pad>` and `<eos>`."""
     raw = Tokenizer(models.BPE(unk_token=UNK))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    raw.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     # the byte-level names of printable ASCII, blank and line end
     alphabet = [*(chr(i) for i in range(33, 127)), "\u0120", "\u010a"]
     trainer = trainers.BpeTrainer(
@@ -177,7 +177,7 @@ def random_ids(length: int, seed: int) -> tuple[int, ...]:
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0, *, shared: int = 0) -> list[Encoded]:
-    """Prompts of these lengths, whose first `shared` tokens are equal, with roles `mark` (one token) and `pair` (two)."""
+    """Prompts of these lengths, the first `shared` tokens equal, with roles `mark` (one token) and `pair` (two)."""
     common = random_ids(shared, seed + 999)
     return [
         Encoded(

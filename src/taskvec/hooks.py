@@ -77,7 +77,7 @@ def _attached(lm: LM, begin: Callable[[Pass], None], transforms: Mapping[Site, T
 
     A transform that returns the very tensor it was given leaves the model's own output object alone.
     """
-    hooks = _Hooks(begin)
+    hooks = _Hooks(lm, begin)
     with ExitStack() as stack:
         handle = lm.inner.register_forward_pre_hook(hooks.start, with_kwargs=True)
         stack.callback(handle.remove)
@@ -94,13 +94,13 @@ def _attached(lm: LM, begin: Callable[[Pass], None], transforms: Mapping[Site, T
 class _Hooks:
     """The hooks' bodies: one accessor for tensors and tuples, for positional and keyword inputs, for (B T, w)."""
 
-    def __init__(self, begin: Callable[[Pass], None]) -> None:
-        self.begin, self.rows = begin, 0
+    def __init__(self, lm: LM, begin: Callable[[Pass], None]) -> None:
+        self.begin, self.rows, self.names = begin, 0, lm.arguments
 
     def start(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        now = Pass({"input_ids": args[0], **kwargs} if args else kwargs)
+        now = Pass(dict(zip(self.names, args, strict=False)) | kwargs)
+        self.begin(now)  # a vector source may run the model in there
         self.rows = now.rows
-        self.begin(now)
 
     def before(self, transform: Transform) -> Callable[..., Any]:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -233,17 +233,19 @@ def inject(lm: LM, vectors: Vectors, *, strength: float = 1.0) -> Iterator[Injec
     prove(lm)
     given: Sequence[TaskVector | None]
     given = vectors if isinstance(vectors, Sequence) else [vectors] if isinstance(vectors, TaskVector) else []
-    for vector in given:
+    source = vectors if isinstance(vectors, VectorSource) else None
+    for vector in (*given, source):
         check_fits(lm, vector)
     given = _scaled(given, strength)
     edits = [edit for vector in given if vector is not None for edit in vector.edits]
-    sites = vectors.sites if isinstance(vectors, VectorSource) else tuple(edit.site for edit in edits)
+    sites = source.sites if source is not None else tuple(edit.site for edit in edits)
     injection = Injection(edits)
-    source = vectors if isinstance(vectors, VectorSource) else None
     running = _Injecting(lm, given, source, strength, injection)
     running.one_for_all = isinstance(vectors, TaskVector)
     with running.attached(sites):
         yield injection
+    if source is not None and not running.rows:
+        raise UnfiredEdit("a forward pass that the vector source writes for", "none", "run the model inside inject()")
     injection.check()
 
 
@@ -322,7 +324,9 @@ class _Plan:
         for together in _rounds(placed):
             rows, cols, values = list[int](), list[int](), list[Tensor]()
             for item in together:
-                here = [(r, columns[c]) for r, c in zip(item.rows, item.cols, strict=True) if c in columns]
+                # each token once: at(-1, 4) may name one twice, and its gradient must not double
+                tokens = dict.fromkeys(zip(item.rows, item.cols, strict=True))
+                here = [(r, columns[c]) for r, c in tokens if c in columns]
                 if not here:
                     continue
                 self.injection.count(item.edit, len(here))
@@ -366,7 +370,7 @@ class _Injecting:
         self.lm, self.given, self.source, self.strength = lm, given, source, strength
         self.plan = _Plan(lm, (), injection)
         self.rows: Sequence[TaskVector | None] = ()
-        self.one_for_all = False
+        self.one_for_all = self.writing = False
         self.lengths: list[int] = []
         self.roles: list[Mapping[str, tuple[int, ...]]] = []
 
@@ -377,13 +381,15 @@ class _Injecting:
             yield
 
     def begin(self, now: Pass) -> None:
-        self.plan.begin(now)
+        if self.writing:  # a pass of the source's own: no edits
+            return
         prompts = self.lm.running.prompts if self.lm.running is not None else None
         if now.past == 0 or not self.lengths:
             self._new_prompts(now, prompts)
         if len(self.rows) != now.rows:
             found = f"{len(self.rows)} vectors for {now.rows} rows"
             raise InputError("one vector (or None) per row of the batch", found, "pass as many as there are prompts")
+        self.plan.begin(now)
         self.plan.set(self._place(now))
 
     def _new_prompts(self, now: Pass, prompts: tuple[Encoded, ...] | None) -> None:
@@ -400,10 +406,17 @@ class _Injecting:
         if prompts is None:
             raise InputError("the prompts, for a vector source", "a bare forward pass", "use lm.forward or lm.generate")
         self.plan.set(())  # the source may run this very model: without edits
-        written = source.vectors(self.lm, prompts)
+        self.writing = True
+        try:
+            written = source.vectors(self.lm, prompts)
+        finally:
+            self.writing = False
         for vector in written:
             check_fits(self.lm, vector)
-        return _scaled(written, self.strength)
+        scaled = _scaled(written, self.strength)
+        for edit in (edit for vector in scaled if vector is not None for edit in vector.edits):
+            self.plan.injection.count(edit, 0)  # from now on it must fire
+        return scaled
 
     def _place(self, now: Pass) -> list[Placed]:
         indices, real = now.indices(), now.real()
@@ -411,14 +424,15 @@ class _Injecting:
             {int(i): c for c, (i, ok) in enumerate(zip(row, keep, strict=True)) if ok}
             for row, keep in zip(indices.tolist(), real.tolist(), strict=True)
         ]
-        hits: dict[int, tuple[Edit, list[int], list[int]]] = {}
+        hits: dict[tuple[int, int], tuple[Edit, list[int], list[int]]] = {}
         for row, vector in enumerate(self.rows):
-            for edit in vector.edits if vector is not None else ():
-                _, rows, cols = hits.setdefault(id(edit), (edit, [], []))
+            for place, edit in enumerate(vector.edits if vector is not None else ()):
+                _, rows, cols = hits.setdefault((place, id(edit)), (edit, [], []))
                 found = [columns[row][t] for t in self._tokens(edit, row, columns[row]) if t in columns[row]]
                 rows += [row] * len(found)
                 cols += found
-        return [Placed(edit, tuple(rows), tuple(cols)) for edit, rows, cols in hits.values()]
+        in_order = sorted(hits.items(), key=lambda item: item[0][0])  # each row's edits in its own vector's order
+        return [Placed(edit, tuple(rows), tuple(cols)) for _, (edit, rows, cols) in in_order]
 
     def _tokens(self, edit: Edit, row: int, columns: Mapping[int, int]) -> list[int]:
         length = self.lengths[row]

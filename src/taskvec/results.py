@@ -152,19 +152,9 @@ def bootstrap(statistic: Callable[[NDArray[np.int64]], Any], n: int) -> Metric:
     `statistic` takes item numbers (..., n) and reduces the last axis. Resamples where it is not finite are left out.
     The resampling has a fixed seed of its own: the same items give the same interval.
     """
-    from scipy.stats import bootstrap as scipy_bootstrap
-
-    items = np.arange(n)
-    value = float(statistic(items))
-
-    def finite(picked: NDArray[np.int64], axis: int = -1) -> Values:
-        return np.asarray(statistic(picked), dtype=float)
-
-    if n == 1:
-        return Metric(value, value, value)
-    drawn = scipy_bootstrap(
-        (items,), finite, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), vectorized=True
-    ).bootstrap_distribution
+    value = float(statistic(np.arange(n)))
+    # not scipy.stats.bootstrap: it draws the same, but warns of BCa where a resample is not finite, and refuses n = 1
+    drawn = np.asarray(statistic(np.random.default_rng(0).integers(0, n, (RESAMPLES, n))), dtype=float)
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (np.nan, np.nan)
     return Metric(value, float(low), float(high))

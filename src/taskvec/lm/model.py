@@ -24,6 +24,13 @@ from taskvec.prompts import Prompt, PromptFormat
 from taskvec.sites import Site
 
 Text = str | Prompt | Encoded
+# What a checkpoint's generation_config.json may set, and greedy decoding must not obey.
+_NEUTRAL: Mapping[str, Any] = {
+    **dict.fromkeys(("temperature", "top_p", "top_k")),
+    **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None},
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+}
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
@@ -110,9 +117,14 @@ class LM:
         return getattr(self.config, "max_position_embeddings", None)
 
     @cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of the model's own forward, in order."""
+        return tuple(inspect.signature(self.inner.forward).parameters)
+
+    @cached_property
     def accepts(self) -> frozenset[str]:
-        """The arguments of the model's own forward."""
-        return frozenset(inspect.signature(self.inner.forward).parameters)
+        """The same as a set."""
+        return frozenset(self.arguments)
 
     @cached_property
     def inner(self) -> Any:
@@ -356,7 +368,7 @@ class LM:
             out = self.model.generate(
                 **inputs,
                 **options,
-                **{"temperature": None, "top_p": None, "top_k": None},
+                **_NEUTRAL,
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=max_new_tokens,

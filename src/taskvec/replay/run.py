@@ -14,7 +14,8 @@ from taskvec.replay.trials import Budget
 
 log = logging.getLogger("taskvec")
 NEEDS = ("position_ids", "past_key_values", "logits_to_keep", "attention_mask")
-PREFIX, TAIL = 40, 3
+PREFIX, TAIL, LONG = 40, 3, 1024
+WINDOWS = ("window", "chunk", "local")
 
 
 def replay(
@@ -36,7 +37,8 @@ def replay(
 
 def packs(lm: LM) -> str | None:
     """None if the model can be packed, else the reason why not. Proved once: a two-segment packed pass against the
-    plain one, behind a prefix of 40 tokens. No model's name is trusted."""
+    plain one, behind a prefix of 40 tokens, or of more than the model's attention window. No model's name is
+    trusted."""
     if "packed" not in lm.proofs:
         lm.proofs["packed"] = _why_not(lm)
         if lm.proofs["packed"] is not None:
@@ -49,25 +51,40 @@ def _why_not(lm: LM) -> str | None:
     missing = [name for name in NEEDS if name not in lm.accepts]
     if missing:
         return f"its forward takes no {', '.join(missing)}"
+    windows = _windows(lm)
+    for name, size in windows.items():
+        if size > LONG and name != "sliding_window":  # that one is transformers' own: the tree's masks know it
+            return f"its attention has a window ({name} = {size}) too long to prove anything behind it"
+    prefix = max([PREFIX, *(size + 1 for size in windows.values() if size <= LONG)])
     try:
-        error = _packing_error(lm)
+        error = _packing_error(lm, prefix)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as raised:
         return f"a packed pass failed ({type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''})"
     allowed = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.1
     return None if error <= allowed else f"a packed pass differs from the plain one by {error:.2g} of the logits' range"
 
 
+def _windows(lm: LM) -> dict[str, int]:
+    """What the configuration says of local attention: in its reach, a token sees only so many before it."""
+    sizes = {k: v for k, v in lm.config.to_dict().items() if type(v) is int and any(part in k for part in WINDOWS)}
+    return {name: size for name, size in sizes.items() if lm.max_length is None or size < lm.max_length}
+
+
 @torch.no_grad()
-def _packing_error(lm: LM) -> float:
-    """The largest difference between packed and plain logits, over the range of the logits."""
+def _packing_error(lm: LM, length: int) -> float:
+    """The largest difference between packed and plain logits, over the range of the logits.
+
+    The first tail is as long as the short prefix, so that the second stands far from where it belongs in the pass.
+    """
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-    ids = tuple((37 * i * i + 11 * i + 5) % vocabulary for i in range(PREFIX + 2 * TAIL))
-    prefix, tails = ids[:PREFIX], (ids[PREFIX : PREFIX + TAIL], ids[PREFIX + TAIL :])
+    second = length + PREFIX
+    ids = tuple((37 * i * i + 11 * i + 5) % vocabulary for i in range(second + TAIL))
+    prefix, tails = ids[:length], (ids[length:second], ids[second:])
     root = Tree(lm).grow([Segment(ROOT, prefix)]).tree
     packed = root.grow([Segment(0, tail, keep=TAIL) for tail in tails]).logits
     worst = 0.0
     for tail, logits in zip(tails, packed, strict=True):
-        plain = lm.forward(lm.batch([Encoded(prefix + tail)]))[0, -TAIL:].float()
+        plain = lm.forward(lm.batch([Encoded(prefix + tail)]), logits_to_keep=TAIL)[0].float()
         span = float(plain.max() - plain.min()) or 1.0
         worst = max(worst, float((logits.float() - plain).abs().max()) / span)
     return worst

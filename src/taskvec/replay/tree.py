@@ -166,9 +166,10 @@ def _fork(cache: Any) -> Any:
 
 def _placed(segments: Sequence[Segment], stops: Sequence[int]) -> list[Placed]:
     """The segments' edits at their columns of the pass: one and the same edit acts once, on all of its tokens."""
-    joined: dict[int, tuple[Edit, list[int]]] = {}
+    joined: dict[tuple[int, int], tuple[Edit, list[int]]] = {}
     for segment, stop in zip(segments, stops, strict=True):
-        for edit, offsets in segment.edits:
-            _, cols = joined.setdefault(id(edit), (edit, []))
+        for place, (edit, offsets) in enumerate(segment.edits):
+            _, cols = joined.setdefault((place, id(edit)), (edit, []))
             cols += [stop - len(segment) + offset for offset in offsets]
-    return [Placed(edit, (0,) * len(cols), tuple(cols)) for edit, cols in joined.values()]
+    in_order = sorted(joined.items(), key=lambda item: item[0][0])  # each segment's edits in its own order
+    return [Placed(edit, (0,) * len(cols), tuple(cols)) for _, (edit, cols) in in_order]
