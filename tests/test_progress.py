@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,18 @@ def test_a_long_task_reports_how_far_it_is(capsys: pytest.CaptureFixture[str], m
     with shown():
         assert list(track("ab", "outer", 2)) == ["a", "b"]
     assert capsys.readouterr().err.splitlines() == ["outer ...", "outer 1/2", "outer 2/2"]
+
+
+def test_a_line_is_printed_every_ten_seconds_and_not_more_often(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 4))
+    now = [float(next(clock))]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with shown():
+        for _ in track(range(8), "slow", 8):
+            now[0] = float(next(clock))
+    assert capsys.readouterr().err.splitlines() == ["slow ...", "slow 3/8", "slow 6/8"]
 
 
 def test_nested_tasks_are_counted_apart(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

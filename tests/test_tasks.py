@@ -462,6 +462,7 @@ def test_balanced_demonstrations_stand_in_no_fixed_order_of_labels() -> None:
     train = _task(200, labels=("a", "b")).train
     orders = {tuple(demo.output for demo in train.demonstrations(seed=seed)) for seed in range(8)}
     assert len(orders) > 4
+    assert any(a == b for order in orders for a, b in zip(order[::2], order[1::2], strict=True))  # not label by label
 
 
 @pytest.mark.parametrize("limit", [None, 0, 1, 5, 10**6])

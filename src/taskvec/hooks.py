@@ -7,7 +7,6 @@ Nothing here writes into an activation: an edited activation is a new tensor, an
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,56 +15,11 @@ from torch import Tensor
 
 from taskvec.errors import InputError, MissingSite, UnfiredEdit, VectorMismatch
 from taskvec.lm import LM, Batch, Encoded
+from taskvec.placing import Injecting, Injection, Pass, Placed, Plan, Transform, part_of, scaled
 from taskvec.sites import Site
-from taskvec.vector import Edit, TaskVector, VectorSource
+from taskvec.vector import TaskVector, VectorSource
 
-Transform = Callable[[Tensor], Tensor]
 Vectors = TaskVector | VectorSource | Sequence[TaskVector | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """One edit and the tokens it acts on in the coming pass: rows and columns of the same length."""
-
-    edit: Edit
-    rows: tuple[int, ...]
-    cols: tuple[int, ...]
-
-
-class Pass:
-    """What is known of the forward pass that is running: its shape, and which columns the unembedding sees."""
-
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
-        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        self.rows, self.cols = tokens.shape[0], tokens.shape[1]
-        cache = inputs.get("past_key_values")
-        self.past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = inputs.get("attention_mask")
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        keep = inputs.get("logits_to_keep", 0)
-        everything = torch.arange(self.cols)
-        self.kept = keep.cpu() if isinstance(keep, Tensor) else everything[-keep:] if keep else everything
-
-    def columns(self, site: Site) -> Int[Tensor, " k"]:
-        """The columns of this pass that a site holds: at `lm_head_in` only those whose logits are wanted."""
-        return self.kept if site.kind == "lm_head_in" else torch.arange(self.cols)
-
-    def indices(self) -> Int[Tensor, "B T"]:
-        """Each token's number in its row's sequence, padding left out (negative before its start)."""
-        if self.mask is None:
-            return torch.arange(self.past, self.past + self.cols).expand(self.rows, -1)
-        return (self.mask.cumsum(-1) - 1).cpu()[:, -self.cols :]
-
-    def real(self) -> Tensor:
-        """Which tokens are no padding (B, T)."""
-        everywhere = torch.ones(self.rows, self.cols, dtype=torch.bool)
-        return everywhere if self.mask is None else self.mask[:, -self.cols :].bool().cpu()
-
-    def lengths(self) -> list[int]:
-        """How many real tokens each row has had by the end of this pass."""
-        if self.mask is None:
-            return [self.past + self.cols] * self.rows
-        return [int(n) for n in self.mask.sum(-1)]
 
 
 # --- the one place where hooks are registered ------------------------------------------------------------------------
@@ -159,7 +113,7 @@ def capture(lm: LM, sites: Sequence[Site | str], *, columns: Int[Tensor, " k"] |
 
     def reader(site: Site) -> Transform:
         def read(h: Tensor) -> Tensor:
-            part = h[..., _slice(lm, site)]
+            part = h[..., part_of(lm, site)]
             if columns is not None:
                 part = part[:, _find(running[0].columns(site), columns, site).to(h.device)]
             seen._seen[site] = part.clone()
@@ -186,39 +140,6 @@ def _find(held: Tensor, columns: Tensor, site: Site) -> Tensor:
 # --- inject ----------------------------------------------------------------------------------------------------------
 
 
-class Injection:
-    """What `inject` yields: `fired` counts the tokens each edit has changed so far."""
-
-    def __init__(self, edits: Sequence[Edit]) -> None:
-        self._edits = {id(edit): edit for edit in edits}
-        self._counts = dict.fromkeys(self._edits, 0)
-
-    @property
-    def fired(self) -> dict[str, int]:
-        """Tokens changed, by site and place of the edit."""
-        out: dict[str, int] = {}
-        for key, edit in self._edits.items():
-            name = f"{edit.site} {edit.where}"
-            out[name] = out.get(name, 0) + self._counts[key]
-        return out
-
-    def count(self, edit: Edit, tokens: int) -> None:
-        """Note that an edit has changed so many tokens."""
-        self._edits.setdefault(id(edit), edit)
-        self._counts[id(edit)] = self._counts.get(id(edit), 0) + tokens
-
-    def check(self) -> None:
-        """Raise `UnfiredEdit` if one never did."""
-        for key, count in self._counts.items():
-            if count == 0:
-                edit = self._edits[key]
-                raise UnfiredEdit(
-                    f"the edit {type(edit.op).__name__} at {edit.site}, {edit.where}, to reach a token",
-                    "it never did",
-                    "run the model inside inject(), and check that the prompts have such tokens",
-                )
-
-
 @contextmanager
 def inject(lm: LM, vectors: Vectors, *, strength: float = 1.0) -> Iterator[Injection]:
     """Apply a task vector to everything the model runs inside: `with inject(lm, vector): lm.generate(prompt)`.
@@ -236,13 +157,13 @@ def inject(lm: LM, vectors: Vectors, *, strength: float = 1.0) -> Iterator[Injec
     source = vectors if isinstance(vectors, VectorSource) else None
     for vector in (*given, source):
         check_fits(lm, vector)
-    given = _scaled(given, strength)
+    given = scaled(given, strength)
     edits = [edit for vector in given if vector is not None for edit in vector.edits]
     sites = source.sites if source is not None else tuple(edit.site for edit in edits)
     injection = Injection(edits)
-    running = _Injecting(lm, given, source, strength, injection)
+    running = Injecting(lm, given, source, strength, injection, check_fits)
     running.one_for_all = isinstance(vectors, TaskVector)
-    with running.attached(sites):
+    with _attached(lm, running.begin, running.transforms(sites)):
         yield injection
     if source is not None and not running.rows:
         raise UnfiredEdit("a forward pass that the vector source writes for", "none", "run the model inside inject()")
@@ -256,10 +177,54 @@ def inject_at(lm: LM, placed: Sequence[Placed]) -> Iterator[None]:
     The caller has checked the vectors; an edit that does not fire raises `UnfiredEdit`, as in `inject`.
     """
     injection = Injection([p.edit for p in placed])
-    plan = _Plan(lm, placed, injection)
+    plan = Plan(lm, placed, injection)
     with _attached(lm, plan.begin, {site: plan.transform(site) for site in plan.sites}):
         yield
     injection.check()
+
+
+@contextmanager
+def stagger(lm: LM, joins: Sequence[int], sources: Sequence[int]) -> Iterator[None]:
+    """Let token t of the coming pass (batch 1) skip the blocks below `joins[t]`, which never decreases.
+
+    It enters with the state that token `sources[t]` has there, an earlier one that joined before. The pass' cache is of
+    no use afterwards: skipped blocks have no keys and values of the tokens that skipped them.
+    """
+    counts = [sum(1 for join in joins if join <= layer) for layer in range(lm.n_layers)]
+    total = len(joins)
+
+    def enter(layer: int) -> Callable[..., Any]:
+        here, before = counts[layer], counts[layer - 1] if layer else counts[0]
+
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            h = (args[0] if args else kwargs["hidden_states"])[:, :before]
+            if here > before:
+                h = torch.cat([h, h[:, list(sources[before:here])]], 1)
+            rest = [_first_tokens(value, here, total) for value in args[1:]]
+            named = {k: _first_tokens(value, here, total) for k, value in kwargs.items() if k != "hidden_states"}
+            return ((h, *rest), named) if args else ((), {**named, "hidden_states": h})
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(lm.blocks):
+            stack.callback(block.module.register_forward_pre_hook(enter(layer), with_kwargs=True).remove)
+        yield
+
+
+def _first_tokens(value: Any, here: int, total: int) -> Any:
+    """What a block is told about `total` tokens, for the first `here` of them: masks, positions, rotary embeddings."""
+    if isinstance(value, tuple):
+        return tuple(_first_tokens(part, here, total) for part in value)
+    if isinstance(value, dict):
+        return {key: _first_tokens(part, here, total) for key, part in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 4 and value.shape[2] == total:
+        return value[:, :, :here, : value.shape[3] - total + here]
+    if value.dim() >= 2 and value.shape[1] == total:
+        return value[:, :here]
+    return value[:here] if value.dim() == 1 and len(value) == total else value
 
 
 def check_fits(lm: LM, vector: TaskVector | VectorSource | None) -> None:
@@ -280,178 +245,6 @@ def check_fits(lm: LM, vector: TaskVector | VectorSource | None) -> None:
         if edit.op.width != lm.width(edit.site):
             found = f"an op of width {edit.op.width}"
             raise VectorMismatch(f"width {lm.width(edit.site)} at {edit.site}", found, "use the model it was made for")
-
-
-class _Plan:
-    """Edits at given tokens, as one transform per site."""
-
-    def __init__(self, lm: LM, placed: Sequence[Placed], injection: Injection) -> None:
-        self.lm, self.injection = lm, injection
-        self.now: Pass | None = None
-        self.by_site: dict[Site, list[Placed]] = {}
-        self.set(placed)
-
-    def set(self, placed: Sequence[Placed]) -> None:
-        self.by_site = {}
-        for item in placed:
-            self.by_site.setdefault(item.edit.site, []).append(item)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return tuple(self.by_site)
-
-    def begin(self, now: Pass) -> None:
-        self.now = now
-
-    def transform(self, site: Site) -> Transform:
-        part = _slice(self.lm, site)
-
-        def change(h: Tensor) -> Tensor:
-            placed = self.by_site.get(site)
-            if not placed or self.now is None:
-                return h
-            columns = {int(c): i for i, c in enumerate(self.now.columns(site))}
-            width = h.shape[-1]
-            new = self._apply(h[..., part], placed, columns)
-            if part == slice(0, width):
-                return new
-            return torch.cat([h[..., : part.start], new, h[..., part.stop :]], dim=-1)
-
-        return change
-
-    def _apply(self, h: Tensor, placed: Sequence[Placed], columns: Mapping[int, int]) -> Tensor:
-        """Edits act in order; those that touch different tokens act together, so that a token is gathered once."""
-        for together in _rounds(placed):
-            rows, cols, values = list[int](), list[int](), list[Tensor]()
-            for item in together:
-                # each token once: at(-1, 4) may name one twice, and its gradient must not double
-                tokens = dict.fromkeys(zip(item.rows, item.cols, strict=True))
-                here = [(r, columns[c]) for r, c in tokens if c in columns]
-                if not here:
-                    continue
-                self.injection.count(item.edit, len(here))
-                if item.edit.strength == 0.0:
-                    continue
-                at = torch.tensor(here, device=h.device)
-                values.append(item.edit.op(h[at[:, 0], at[:, 1]], item.edit.strength))
-                rows += [r for r, _ in here]
-                cols += [c for _, c in here]
-            if values:
-                index = (torch.tensor(rows, device=h.device), torch.tensor(cols, device=h.device))
-                h = h.index_put(index, torch.cat(values))
-        return h
-
-
-def _rounds(placed: Sequence[Placed]) -> Iterator[list[Placed]]:
-    """The placements in order, cut where one touches a token that an earlier one of its group has touched."""
-    group, touched = list[Placed](), set[tuple[int, int]]()
-    for item in placed:
-        tokens = set(zip(item.rows, item.cols, strict=True))
-        if group and tokens & touched:
-            yield group
-            group, touched = [], set()
-        group.append(item)
-        touched |= tokens
-    if group:
-        yield group
-
-
-class _Injecting:
-    """Resolves `where` at the start of each pass: prompt or answer token, row by row."""
-
-    def __init__(
-        self,
-        lm: LM,
-        given: Sequence[TaskVector | None],
-        source: VectorSource | None,
-        strength: float,
-        injection: Injection,
-    ) -> None:
-        self.lm, self.given, self.source, self.strength = lm, given, source, strength
-        self.plan = _Plan(lm, (), injection)
-        self.rows: Sequence[TaskVector | None] = ()
-        self.one_for_all = self.writing = False
-        self.lengths: list[int] = []
-        self.roles: list[Mapping[str, tuple[int, ...]]] = []
-
-    @contextmanager
-    def attached(self, sites: Sequence[Site]) -> Iterator[None]:
-        transforms = {site: self.plan.transform(site) for site in dict.fromkeys(sites)}
-        with _attached(self.lm, self.begin, transforms):
-            yield
-
-    def begin(self, now: Pass) -> None:
-        if self.writing:  # a pass of the source's own: no edits
-            return
-        prompts = self.lm.running.prompts if self.lm.running is not None else None
-        if now.past == 0 or not self.lengths:
-            self._new_prompts(now, prompts)
-        if len(self.rows) != now.rows:
-            found = f"{len(self.rows)} vectors for {now.rows} rows"
-            raise InputError("one vector (or None) per row of the batch", found, "pass as many as there are prompts")
-        self.plan.begin(now)
-        self.plan.set(self._place(now))
-
-    def _new_prompts(self, now: Pass, prompts: tuple[Encoded, ...] | None) -> None:
-        if prompts is not None and len(prompts) == now.rows:
-            self.lengths, self.roles = [p.prompt_length for p in prompts], [p.roles for p in prompts]
-        else:
-            self.lengths, self.roles = now.lengths(), [{}] * now.rows
-        if self.source is not None:
-            self.rows = self._written(self.source, prompts)
-        else:
-            self.rows = list(self.given) * now.rows if self.one_for_all else self.given
-
-    def _written(self, source: VectorSource, prompts: tuple[Encoded, ...] | None) -> list[TaskVector | None]:
-        if prompts is None:
-            raise InputError("the prompts, for a vector source", "a bare forward pass", "use lm.forward or lm.generate")
-        self.plan.set(())  # the source may run this very model: without edits
-        self.writing = True
-        try:
-            written = source.vectors(self.lm, prompts)
-        finally:
-            self.writing = False
-        for vector in written:
-            check_fits(self.lm, vector)
-        scaled = _scaled(written, self.strength)
-        for edit in (edit for vector in scaled if vector is not None for edit in vector.edits):
-            self.plan.injection.count(edit, 0)  # from now on it must fire
-        return scaled
-
-    def _place(self, now: Pass) -> list[Placed]:
-        indices, real = now.indices(), now.real()
-        columns = [
-            {int(i): c for c, (i, ok) in enumerate(zip(row, keep, strict=True)) if ok}
-            for row, keep in zip(indices.tolist(), real.tolist(), strict=True)
-        ]
-        hits: dict[tuple[int, int], tuple[Edit, list[int], list[int]]] = {}
-        for row, vector in enumerate(self.rows):
-            for place, edit in enumerate(vector.edits if vector is not None else ()):
-                _, rows, cols = hits.setdefault((place, id(edit)), (edit, [], []))
-                found = [columns[row][t] for t in self._tokens(edit, row, columns[row]) if t in columns[row]]
-                rows += [row] * len(found)
-                cols += found
-        in_order = sorted(hits.items(), key=lambda item: item[0][0])  # each row's edits in its own vector's order
-        return [Placed(edit, tuple(rows), tuple(cols)) for _, (edit, rows, cols) in in_order]
-
-    def _tokens(self, edit: Edit, row: int, columns: Mapping[int, int]) -> list[int]:
-        length = self.lengths[row]
-        after = [t for t in columns if t >= length] if edit.where.every_step else []
-        return [*edit.where.tokens(length, self.roles[row]), *after]
-
-
-def _scaled(vectors: Sequence[TaskVector | None], strength: float) -> list[TaskVector | None]:
-    """The vectors at another strength; one that stands in several rows stays one."""
-    if strength == 1.0:
-        return list(vectors)
-    scaled = {id(vector): vector.scaled(strength) for vector in vectors if vector is not None}
-    return [None if vector is None else scaled[id(vector)] for vector in vectors]
-
-
-def _slice(lm: LM, site: Site) -> slice:
-    """The part of the whole site's width that a head is; everything for other sites."""
-    width = lm.width(site)
-    return slice((site.head or 0) * width, ((site.head or 0) + 1) * width)
 
 
 # --- proof -----------------------------------------------------------------------------------------------------------

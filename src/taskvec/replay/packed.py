@@ -18,6 +18,7 @@ from torch import Tensor
 from taskvec.hooks import Captured
 from taskvec.lm import LM, Encoded
 from taskvec.replay.plain import ended, logprob, stack
+from taskvec.replay.stagger import grow_staggered, staggers
 from taskvec.replay.tree import ROOT, Segment, Tree
 from taskvec.replay.trials import Answers, Ask, Budget, Trial
 from taskvec.vector import Edit, TaskVector
@@ -104,6 +105,10 @@ class Packed:
         """What `ask` wants of each trial. Labels and greedy answers grow on the trial's own segment."""
         found: dict[int, _Found] = {}
         for tree, numbers, segments in self._chunks(trials):
+            if _first_token_only(ask, segments) and staggers(self.lm):
+                here = _Here(tree, (), grow_staggered(tree, segments), numbers, [trials[i] for i in numbers])
+                found |= dict(zip(numbers, self._found(here, None, ask), strict=True))
+                continue
             grown = tree.grow(segments, states=ask.states)
             lasts = [out[-1] for out in grown.logits]
             here = _Here(grown.tree, grown.nodes, lasts, numbers, [trials[i] for i in numbers])
@@ -127,14 +132,13 @@ class Packed:
         for grove, group in groupby(by_grove, key=lambda i: self._grove_of[trials[i].prompt]):
             tree, nodes = self._grove(grove)
             node_of = dict(zip(self._groves[grove], nodes, strict=True))
-            numbers, segments = list[int](), list[Segment]()
+            numbers, segments, new, kept = list[int](), list[Segment](), 0, 0
             for i in group:
                 segment = self._segment(trials[i], node_of[trials[i].prompt])
-                new = sum(map(len, segments)) + len(segment)
-                kept = sum(s.keep for s in segments) + segment.keep
+                new, kept = new + len(segment), kept + segment.keep
                 if segments and (kept > rows or not self.budget.fits(new, len(tree))):
                     yield tree, numbers, segments
-                    numbers, segments = [], []
+                    numbers, segments, new, kept = [], [], len(segment), segment.keep
                 numbers.append(i)
                 segments.append(segment)
             yield tree, numbers, segments
@@ -180,6 +184,12 @@ class Packed:
                 ends[i] = node
                 answers[i].append(int(logits[-1].argmax()))
         return [self.lm.before_end(answer) for answer in answers]
+
+
+def _first_token_only(ask: Ask, segments: Sequence[Segment]) -> bool:
+    """Is the first answer token all that is wanted, of several trials of one token each?"""
+    short = ask.max_new <= 1 and all(len(label) <= 1 for label in ask.labels) and not ask.states
+    return short and len(segments) > 1 and all(len(segment) == 1 for segment in segments)
 
 
 @dataclass(frozen=True, eq=False)

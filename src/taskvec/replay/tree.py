@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from taskvec.hooks import Captured, Placed, capture, inject_at
+from taskvec.hooks import Captured, capture, inject_at
 from taskvec.lm import LM
+from taskvec.placing import Placed
 from taskvec.sites import Site
 from taskvec.vector import Edit
 
