@@ -22,6 +22,12 @@ main_families = pytest.mark.parametrize("name", tiny.MAIN)
 additive_families = pytest.mark.parametrize("name", tiny.ADDITIVE)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with tiny.one_thread():
+        yield
+
+
 def _batch(lm: LM, side: Any = "right") -> Batch:
     return lm.batch(tiny.random_prompts((24, 19, 7)), side=side)
 

@@ -1,7 +1,7 @@
 """inject and capture: where edits act under padding, batching, caches and answers, and that no edit is ever silent."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +26,12 @@ R1 = Site("resid", 1)
 
 some_families = pytest.mark.parametrize("name", FAMILIES)
 every_where = pytest.mark.parametrize("where", WHERES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with tiny.one_thread():
+        yield
 
 
 def add(lm: LM, *, site: str = "resid[1]", where: str = "last_prompt", seed: int = 1, scale: float = 2.0) -> Edit:

@@ -1,7 +1,7 @@
 """The packed engine is an identity: held against the plain way on every family, at every site, where and budget."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -28,6 +28,12 @@ R1 = Site("resid", 1)
 packed_families = pytest.mark.parametrize("name", tiny.PACKED)
 unpacked_families = pytest.mark.parametrize("name", tiny.UNPACKED)
 windowed_families = pytest.mark.parametrize("name", ["gemma3", "gemma2", "mistral"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with tiny.one_thread():
+        yield
 
 
 def edit(lm: LM, site: str = "resid[1]", where: str = "last_prompt", seed: int = 1, scale: float = 2.0) -> Edit:
@@ -150,7 +156,7 @@ def test_gradients_of_a_vector_equal_the_plain_ones(name: str) -> None:
     grads = []
     for kind in (Packed, Plain):
         vectors = [torch.full((lm.width(R1),), 0.1).requires_grad_() for _ in range(2)]
-        edits = [Edit(R1, Add(v), Where(w)) for v, w in zip(vectors, ("last_prompt", "each_last"), strict=True)]
+        edits = [Edit(R1, Add(v), Where.parse(w)) for v, w in zip(vectors, ("last_prompt", "each_last"), strict=True)]
         trials = [Trial(i, TaskVector((e,)), (9, 8, 7)) for e in edits for i in range(3)]
         prove(lm)
         engine: Packed | Plain

@@ -99,6 +99,15 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread inside: on matrices this small, a second one only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build(name: str) -> Any:
     """A fresh random model of that family, float32. Not cached: the caller may change it."""
     family, settings = _CONFIGS[name]

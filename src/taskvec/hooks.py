@@ -15,12 +15,9 @@ from torch import Tensor
 
 from taskvec.errors import InputError, MissingSite, UnfiredEdit, VectorMismatch
 from taskvec.lm import LM, Batch, Encoded
-from taskvec.placing import Injecting, Injection, Pass, Placed, Plan, Transform, part_of, scaled
+from taskvec.placing import Injecting, Injection, Pass, Placed, Plan, Transform, Vectors, part_of
 from taskvec.sites import Site
 from taskvec.vector import TaskVector, VectorSource
-
-Vectors = TaskVector | VectorSource | Sequence[TaskVector | None]
-
 
 # --- the one place where hooks are registered ------------------------------------------------------------------------
 
@@ -152,22 +149,10 @@ def inject(lm: LM, vectors: Vectors, *, strength: float = 1.0) -> Iterator[Injec
     edit never reached a token. Edits of strength 0 count as fired and change nothing, bit for bit.
     """
     prove(lm)
-    given: Sequence[TaskVector | None]
-    given = vectors if isinstance(vectors, Sequence) else [vectors] if isinstance(vectors, TaskVector) else []
-    source = vectors if isinstance(vectors, VectorSource) else None
-    for vector in (*given, source):
-        check_fits(lm, vector)
-    given = scaled(given, strength)
-    edits = [edit for vector in given if vector is not None for edit in vector.edits]
-    sites = source.sites if source is not None else tuple(edit.site for edit in edits)
-    injection = Injection(edits)
-    running = Injecting(lm, given, source, strength, injection, check_fits)
-    running.one_for_all = isinstance(vectors, TaskVector)
-    with _attached(lm, running.begin, running.transforms(sites)):
-        yield injection
-    if source is not None and not running.rows:
-        raise UnfiredEdit("a forward pass that the vector source writes for", "none", "run the model inside inject()")
-    injection.check()
+    running = Injecting(lm, vectors, strength, check_fits)
+    with _attached(lm, running.begin, running.transforms()):
+        yield running.injection
+    running.check()
 
 
 @contextmanager
@@ -216,15 +201,12 @@ def _first_tokens(value: Any, here: int, total: int) -> Any:
     """What a block is told about `total` tokens, for the first `here` of them: masks, positions, rotary embeddings."""
     if isinstance(value, tuple):
         return tuple(_first_tokens(part, here, total) for part in value)
-    if isinstance(value, dict):
-        return {key: _first_tokens(part, here, total) for key, part in value.items()}
     if not isinstance(value, Tensor):
         return value
-    if value.dim() == 4 and value.shape[2] == total:
-        return value[:, :, :here, : value.shape[3] - total + here]
-    if value.dim() >= 2 and value.shape[1] == total:
-        return value[:, :here]
-    return value[:here] if value.dim() == 1 and len(value) == total else value
+    at = 2 if value.dim() == 4 else 1  # masks are (1, 1, T, K), the rest (1, T, ...)
+    if value.dim() <= at or value.shape[at] != total:
+        return value
+    return value[:, :, :here, : value.shape[3] - total + here] if at == 2 else value[:, :here]
 
 
 def check_fits(lm: LM, vector: TaskVector | VectorSource | None) -> None:

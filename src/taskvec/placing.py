@@ -19,6 +19,7 @@ from taskvec.sites import Site
 from taskvec.vector import Edit, TaskVector, VectorSource
 
 Transform = Callable[[Tensor], Tensor]
+Vectors = TaskVector | VectorSource | Sequence[TaskVector | None]
 
 
 class Pass:
@@ -181,24 +182,33 @@ class Injecting:
     """Resolves `where` at the start of each pass: prompt or answer token, row by row."""
 
     def __init__(
-        self,
-        lm: LM,
-        given: Sequence[TaskVector | None],
-        source: VectorSource | None,
-        strength: float,
-        injection: Injection,
-        check: Callable[[LM, TaskVector | None], None],
+        self, lm: LM, vectors: Vectors, strength: float, fits: Callable[[LM, TaskVector | VectorSource | None], None]
     ) -> None:
-        self.lm, self.given, self.source, self.strength, self.check = lm, given, source, strength, check
-        self.plan = Plan(lm, (), injection)
+        self.lm, self.strength, self.fits = lm, strength, fits
+        self.one_for_all = isinstance(vectors, TaskVector)
+        self.source = vectors if isinstance(vectors, VectorSource) else None
+        given = vectors if isinstance(vectors, Sequence) else [vectors] if isinstance(vectors, TaskVector) else []
+        for vector in (*given, self.source):
+            fits(lm, vector)
+        self.given = scaled(given, strength)
+        self.edits = [edit for vector in self.given if vector is not None for edit in vector.edits]
+        self.injection = Injection(self.edits)
+        self.plan = Plan(lm, (), self.injection)
         self.rows: Sequence[TaskVector | None] = ()
-        self.one_for_all = self.writing = False
+        self.writing = False
         self.lengths: list[int] = []
         self.roles: list[Mapping[str, tuple[int, ...]]] = []
 
-    def transforms(self, sites: Sequence[Site]) -> dict[Site, Transform]:
-        """One transform for each module behind the sites."""
+    def transforms(self) -> dict[Site, Transform]:
+        """One transform for each module that may be edited."""
+        sites = self.source.sites if self.source is not None else [edit.site for edit in self.edits]
         return {site: self.plan.transform(site) for site in dict.fromkeys(site.whole for site in sites)}
+
+    def check(self) -> None:
+        """Raise `UnfiredEdit` if an edit never reached a token, or a source never saw a prompt."""
+        if self.source is not None and not self.rows:
+            raise UnfiredEdit("a pass that the vector source writes for", "none", "run the model inside inject()")
+        self.injection.check()
 
     def begin(self, now: Pass) -> None:
         """Find each row's vector and prompt if a new prompt starts, and place the edits for this pass."""
@@ -233,7 +243,7 @@ class Injecting:
         finally:
             self.writing = False
         for vector in written:
-            self.check(self.lm, vector)
+            self.fits(self.lm, vector)
         rows = scaled(written, self.strength)
         for edit in (edit for vector in rows if vector is not None for edit in vector.edits):
             self.plan.injection.count(edit, 0)  # from now on it must fire

@@ -8,10 +8,10 @@ from taskvec.errors import UnknownName
 
 SiteKind = Literal["resid", "attn", "mlp", "heads", "embed", "lm_head_in"]
 _LAYERED = ("resid", "attn", "mlp", "heads")
-_NAME = re.compile(r"(?P<kind>[a-z_]+)(\[(?P<layer>\d+)(\s*,\s*(?P<head>\d+))?\])?")
+_NAME = re.compile(r"(?P<kind>[a-z_]+)(\[(?P<layer>[0-9]{1,9})(\s*,\s*(?P<head>[0-9]{1,9}))?\])?")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Site:
     """One place in a transformer. Layers and heads are counted from 0.
 
@@ -33,7 +33,7 @@ class Site:
         layered = self.kind in _LAYERED
         if self.kind not in get_args(SiteKind) or layered != (self.layer is not None):
             raise _unknown(self._text())
-        if self.head is not None and self.kind != "heads":
+        if (self.head is not None and self.kind != "heads") or min(self.layer or 0, self.head or 0) < 0:
             raise _unknown(self._text())
 
     @classmethod
@@ -51,6 +51,10 @@ class Site:
     def whole(self) -> "Site":
         """The site without its head: `heads[l]` for `heads[l,h]`, itself otherwise."""
         return Site(self.kind, self.layer)
+
+    def __lt__(self, other: "Site") -> bool:
+        key, than = ((s.kind, *(-1 if i is None else i for i in (s.layer, s.head))) for s in (self, other))
+        return key < than
 
     def _text(self) -> str:
         index = ",".join(str(i) for i in (self.layer, self.head) if i is not None)

@@ -51,7 +51,7 @@ class Grown:
 
     tree: "Tree"
     nodes: tuple[int, ...]
-    logits: tuple[Float[Tensor, "k V"], ...]
+    logits: tuple[Float[Tensor, "_ V"], ...]
     states: Captured | None
 
 

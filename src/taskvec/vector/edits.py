@@ -33,6 +33,11 @@ class Where:
     role: str = ""
     positions: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        named = {"role": bool(self.role), "at": bool(self.positions)}
+        if _NAME.fullmatch(str(self)) is None or any(given != (self.kind == kind) for kind, given in named.items()):
+            raise InputError("a place that has a name", repr(self), "give a role to role only, positions to at only")
+
     @classmethod
     def parse(cls, text: "str | Where") -> "Where":
         """The place of that name. Raises `InputError` for anything else."""

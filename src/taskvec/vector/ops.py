@@ -34,7 +34,7 @@ class Op:
 
     def numbers(self) -> dict[str, float]:
         """Its other fields by name."""
-        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), float)}
+        return {f.name: float(value) for f in fields(self) if isinstance(value := getattr(self, f.name), int | float)}
 
     def __call__(self, h: Float[Tensor, "n w"], strength: float = 1.0) -> Float[Tensor, "n w"]:
         """h + strength (op(h) - h), in h's dtype and on h's device. Strength 0 returns `h` itself."""
@@ -118,8 +118,8 @@ class AddKeepNorm(Op):
         """(h + v) |h| / |h + v|."""
         moved = h + like(self.vector, h)
         norm, new = h.norm(dim=-1, keepdim=True), moved.norm(dim=-1, keepdim=True)
-        scale: Tensor = norm / new.clamp_min(torch.finfo(h.dtype).tiny)
-        return moved * scale
+        kept: Tensor = moved / new.clamp_min(torch.finfo(h.dtype).tiny) * norm  # in this order: norm / tiny is infinite
+        return kept
 
 
 OPS: dict[str, type[Op]] = {
