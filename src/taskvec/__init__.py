@@ -48,7 +48,6 @@ _HOMES = {
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "LM",
     "Add",
     "AddKeepNorm",
     "Affine",
@@ -56,6 +55,7 @@ __all__ = [
     "Edit",
     "Example",
     "HendelTaskVector",
+    "LM",
     "LearnedTaskVector",
     "LinearTaskVector",
     "MeanDifference",

@@ -204,7 +204,7 @@ def _task(data: str, prompts: PromptOptions) -> Task:
     format = None
     if prompts.format is not None and prompts.format != "chat":
         text = prompts.format if prompts.format in TEMPLATES else _decoded(prompts.format)
-        if text.isidentifier():
+        if text.isidentifier() and text not in TEMPLATES:
             raise UnknownName("a format: qa, arrow, chat or a template", repr(text), "name one of those")
         format = PromptFormat.named(text, prompts.instruction)
     task = load_task(data, format=format, shots=prompts.shots, n_test=prompts.n_test)

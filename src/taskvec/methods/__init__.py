@@ -50,13 +50,13 @@ def names() -> list[str]:
     return [*METHODS, *sorted(entry.name for entry in _entries() if entry.name not in METHODS)]
 
 
-def get(name: str) -> type[Method]:
+def get(name: str) -> type[Any]:
     """The class of a method. Raises `UnknownName`."""
     target = METHODS.get(name) or next((entry.value for entry in _entries() if entry.name == name), None)
     if target is None:
         raise UnknownName("a method", repr(name), f"name one of: {', '.join(names())}, random")
     module, _, attribute = target.partition(":")
-    method: type[Method] = getattr(import_module(module), attribute)
+    method: type[Any] = getattr(import_module(module), attribute)
     return method
 
 
@@ -74,7 +74,8 @@ def make(name: str, settings: dict[str, str] | None = None) -> Method:
         if field_name not in known:
             raise InputError(f"a field of {name}: {', '.join(known) or 'it has none'}", repr(field_name), "mend --set")
         values[field_name] = _parsed(text, known[field_name], f"{name}.{field_name}")
-    return method(**values)
+    made: Method = method(**values)
+    return made
 
 
 def _entries() -> Any:

@@ -216,8 +216,8 @@ class _Found:
 
 def _gathered(found: Sequence[_Found], ask: Ask) -> Answers:
     return Answers(
-        stack([one.kept for one in found if one.kept is not None]),
-        stack([one.labels for one in found if one.labels is not None]),
+        stack([one.kept for one in found if one.kept is not None], len(found)),
+        stack([one.labels for one in found if one.labels is not None], len(found)),
         [one.tokens for one in found if one.tokens is not None],
         {site: torch.stack([one.states[k] for one in found]) for k, site in enumerate(ask.states)},
     )

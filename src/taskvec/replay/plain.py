@@ -46,7 +46,7 @@ class Plain:
             tokens += self._greedy(range(start, start + len(part)), part, ask) if ask.max_new else []
             states.append(seen)
         joined = {site: torch.cat([seen[site] for seen in states]) for site in ask.states}
-        return Answers(stack(kept), stack(labels), tokens, joined)
+        return Answers(stack(kept, len(trials)), stack(labels, len(trials)), tokens, joined)
 
     def _forward(self, trials: Sequence[Trial], states: Sequence[Site] = ()) -> tuple[list[Tensor], dict[Site, Tensor]]:
         whole = [
@@ -92,6 +92,6 @@ def logprob(logits: Tensor, label: Sequence[int]) -> Tensor:
     return logs[torch.arange(len(label)), torch.tensor(label, device=logs.device)].sum().cpu()
 
 
-def stack(rows: Sequence[Tensor]) -> Tensor:
-    """The rows as one tensor; an empty (0, 0) one for none."""
-    return torch.stack(list(rows)) if rows else torch.zeros(0, 0)
+def stack(rows: Sequence[Tensor], n: int) -> Tensor:
+    """The rows as one tensor; (n, 0) where there are none."""
+    return torch.stack(list(rows)) if rows else torch.zeros(n, 0)

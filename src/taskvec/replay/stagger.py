@@ -30,13 +30,19 @@ def grow_staggered(tree: Tree, segments: Sequence[Segment]) -> list[Tensor]:
     lm = tree.lm
     blocks = [join_block(lm, [edit for edit, _ in segment.edits]) for segment in segments]
     order = sorted(range(len(segments)), key=lambda i: blocks[i])
-    clean = {segment.parent: Segment(segment.parent, segment.tokens) for segment in segments}
-    source = {parent: place for place, parent in enumerate(clean)}
-    sources = [*source.values(), *(source[segments[i].parent] for i in order)]
+    clean = {_token(segment): Segment(segment.parent, segment.tokens) for segment in segments}
+    source = {token: place for place, token in enumerate(clean)}
+    sources = [*source.values(), *(source[_token(segments[i])] for i in order)]
     with stagger(lm, [0] * len(clean) + [blocks[i] for i in order], sources):
         grown = tree.grow([*clean.values(), *(segments[i] for i in order)])
     logits = {i: out[-1] for i, out in zip(order, grown.logits[len(clean) :], strict=True)}
     return [logits[i] for i in range(len(segments))]
+
+
+def _token(segment: Segment) -> tuple[int, tuple[int | float, ...]]:
+    """What a segment's clean state depends on: its place in the tree and its token (several may hang on one parent)."""
+    tokens = segment.tokens
+    return segment.parent, tokens if isinstance(tokens, tuple) else tuple(tokens.flatten().tolist())
 
 
 def staggers(lm: LM) -> bool:

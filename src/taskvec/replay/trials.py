@@ -38,12 +38,12 @@ class Ask:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """One row per trial, in their order, float32 on the CPU. What was not asked for is empty."""
+    """One row per trial, in their order, float32 on the CPU. What was not asked for has width 0."""
 
-    kept: Float[Tensor, "n ..."]
-    label_logprobs: Float[Tensor, "n L"]
+    kept: Float[Tensor, "_ ..."]
+    label_logprobs: Float[Tensor, "_ L"]
     tokens: list[list[int]]
-    states: dict[Site, Float[Tensor, "n w"]]
+    states: dict[Site, Float[Tensor, "_ _"]]
 
 
 @dataclass(frozen=True)
