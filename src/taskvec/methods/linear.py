@@ -34,7 +34,7 @@ def ridge_dual(h: Float[Tensor, "N d"], y: Float[Tensor, "N d"], ridge: float) -
     h, y = h.double(), y.double()
     gram: Tensor = h @ h.T + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device)
     coefficients: Tensor = torch.linalg.solve(gram, y)
-    return coefficients
+    return coefficients.contiguous()  # it comes column by column, and a saved copy would multiply with other bits
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from taskvec.errors import PromptTooLong
 from taskvec.hooks import Captured, capture, inject_at
 from taskvec.lm import LM
 from taskvec.placing import Placed
@@ -106,6 +107,9 @@ class Tree:
                 start = ends[segment.parent]
             sees[i, i] = True
             ends.append(start + len(segment))
+            if self.lm.max_length is not None and ends[-1] > self.lm.max_length:
+                found = f"{ends[-1]} with its answer"
+                raise PromptTooLong(f"at most {self.lm.max_length} tokens", found, "use fewer shots or shorter inputs")
             owner.append(torch.full((len(segment),), i))
             position.append(torch.arange(start, start + len(segment)))
         return Tree(self.lm, _fork(self.cache), torch.cat(owner), torch.cat(position), sees, tuple(ends))
