@@ -1,5 +1,6 @@
 """The packed engine is an identity: held against the plain way on every family, at every site, where and budget."""
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -671,7 +672,7 @@ def test_a_model_that_fails_in_a_packed_pass_gets_the_plain_way() -> None:
             raise ValueError("only 2-D masks here\nsecond line")
         return forward(*args, **kwargs)
 
-    picky.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    picky.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     model.forward = picky
     lm = LM(model, tiny.tokenizer())
     assert packs(lm) == "a packed pass failed (ValueError: only 2-D masks here)"

@@ -2,7 +2,7 @@
 
 from taskvec.evaluate.choose import choose
 from taskvec.evaluate.controls import random_like
-from taskvec.evaluate.fitting import Fitting, single
+from taskvec.evaluate.fitting import Fitting, at_least_one, single
 from taskvec.evaluate.observe import Condition, Observation, encode_answers, observe
 from taskvec.evaluate.scoring import score, score_observed
 
@@ -10,6 +10,7 @@ __all__ = [
     "Condition",
     "Fitting",
     "Observation",
+    "at_least_one",
     "choose",
     "encode_answers",
     "observe",

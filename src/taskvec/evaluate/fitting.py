@@ -33,6 +33,13 @@ def single(train: Train | Sequence[Train], dev: Dev | Sequence[Dev]) -> tuple[Tr
     return trains[0], devs[0]
 
 
+def at_least_one(method: Any, *names: str) -> None:
+    """Raise `InputError` where one of these hyper-parameters, each a number of things, is below 1."""
+    for name in names:
+        if getattr(method, name) < 1:
+            raise InputError(f"{method.name}.{name} of at least 1", str(getattr(method, name)), "raise it")
+
+
 @dataclass(eq=False)
 class Fitting:
     """One fit in progress: the seed's demonstrations, and what has been spent so far."""

@@ -135,7 +135,7 @@ class LM:
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and of eight values of every weight, rounded to bfloat16 (so that a cast of the
         same checkpoint keeps it). A full hash would cost seconds; this one changes with any training."""
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _VOLATILE}
+        config = _lasting(self.model.config.to_dict())
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, weight in self.model.named_parameters():
             flat = weight.detach().reshape(-1)
@@ -243,7 +243,7 @@ class LM:
         two = two.replace("\x01", "{input}").replace("\x02", "{output}")
         turn = two[len(one) :]
         header = one[: len(one) - len(turn)]
-        if not turn or header + turn != one:
+        if not turn or header + turn != one or one + turn != two:
             found = "turns that depend on their place"
             raise InputError("a chat template of equal turns", found, "write the template out with --format")
         return PromptFormat(turn, header, "chat", special_tokens=False)
@@ -381,3 +381,10 @@ class LM:
     def before_end(self, ids: Sequence[int]) -> list[int]:
         """The tokens before the first end token."""
         return list(ids[: next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))])
+
+
+def _lasting(config: Any) -> Any:
+    """A configuration without what loading changes, its parts' configurations too."""
+    if not isinstance(config, Mapping):
+        return config
+    return {str(k): _lasting(v) for k, v in config.items() if k not in _VOLATILE}

@@ -88,9 +88,12 @@ def _parsed(text: str, hint: Any, place: str) -> Any:
     kinds = get_args(hint) or (hint,)
     if text.lower() in ("none", "null", "") and type(None) in kinds:
         return None
-    value: Any = [part.strip() for part in text.split(",")] if "," in text else text
+    adapter = TypeAdapter(hint)
     try:
-        return TypeAdapter(hint).validate_python(value)
+        return adapter.validate_python(text)
     except ValidationError as error:
         found = error.errors()[0]["msg"]
+    try:  # several values, or one of a field that takes several
+        return adapter.validate_python([part.strip() for part in text.split(",")])
+    except ValidationError:
         raise InputError(f"a value of type {hint} for {place}", f"{text!r} ({found})", "mend --set") from None

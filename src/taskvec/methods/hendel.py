@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, choose, single
+from taskvec.evaluate import Fitting, at_least_one, choose, single
 from taskvec.lm import LM
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
@@ -32,8 +31,7 @@ class HendelTaskVector:
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
         """Read theta at every candidate layer, choose one on dev. No gradient; the dummies' outputs are not read."""
-        if self.dummies < 1:
-            raise InputError("at least one dummy query", f"dummies = {self.dummies}", "raise hendel.dummies")
+        at_least_one(self, "dummies", "n_dev")
         train, dev = single(train, dev)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             dummies = train.queries(fitting.demos, self.dummies, seed=seed)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, encode_answers, single
+from taskvec.evaluate import Fitting, at_least_one, encode_answers, single
 from taskvec.lm import LM
 from taskvec.progress import track
 from taskvec.replay import Packed, Plain, Trial, replay
@@ -94,11 +94,14 @@ class LearnedTaskVector:
                 if all(run.misses >= self.patience for run in runs):
                     break
             best = min(runs, key=lambda run: run.best_loss)
+            if best.best_loss == float("inf"):
+                raise InputError("a learning rate that trains", f"no finite dev loss with {self}", "lower learned.lr")
             return TaskVector(best.best.edits, fitting.origin(prompt=self.prompt))
 
     def _check(self, lm: LM) -> None:
-        if self.steps < 1 or self.batch < 1 or self.queries < 1 or self.check < 1:
-            raise InputError("steps, batch, queries and check of at least 1", str(self), "raise them")
+        at_least_one(self, "sweep", "steps", "batch", "queries", "check", "n_dev")
+        if self.layer == ():
+            raise InputError("at least one layer", "learned.layer = ()", "name one, or none for a sweep")
         if not self.positions or any(p >= 0 for p in self.positions):
             raise InputError(
                 "positions counted from the prompt's end (-1 is the last token)", str(self.positions), "mend them"

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, single
+from taskvec.evaluate import Fitting, at_least_one, single
 from taskvec.lm import LM
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
@@ -51,6 +51,7 @@ class LinearTaskVector:
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
         """Two passes over the queries and one solve. Dev is not used."""
+        at_least_one(self, "queries")
         if not self.ridge > 0:
             raise InputError("a ridge above 0", f"linear.ridge = {self.ridge}", "raise it")
         train, dev = single(train, dev)

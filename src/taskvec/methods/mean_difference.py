@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taskvec.evaluate import Fitting, choose, single
+from taskvec.evaluate import Fitting, at_least_one, choose, single
 from taskvec.lm import LM
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
@@ -30,6 +30,7 @@ class MeanDifference:
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
         """Average the differences at every candidate site, choose one on dev. No gradient, no query's output read."""
+        at_least_one(self, "queries", "n_dev")
         train, dev = single(train, dev)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             queries = train.queries(fitting.demos, self.queries, seed=seed)
