@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from taskvec.errors import InputError, MissingSite, UnfiredEdit, VectorMismatch
-from taskvec.hooks import Placed, capture, check_fits, inject, inject_at, prove
+from taskvec.hooks import capture, check_fits, inject, inject_at, prove
 from taskvec.lm import LM, Encoded
+from taskvec.placing import Placed
 from taskvec.prompts import PromptFormat
 from taskvec.sites import Site
 from taskvec.vector import Add, AddKeepNorm, Affine, Blend, Edit, ModelId, Origin, Replace, TaskVector, Where

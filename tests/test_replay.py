@@ -629,7 +629,9 @@ def test_a_window_of_unknown_kind_that_is_too_long_to_prove_is_refused() -> None
     model = tiny.build("llama")
     model.config.max_position_embeddings = 4096
     model.config.attention_chunk_size = 2048
-    assert "attention_chunk_size = 2048" in str(packs(LM(model, tiny.tokenizer())))
+    reason = str(packs(LM(model, tiny.tokenizer())))
+    assert "attention_chunk_size" in reason
+    assert "2048" in reason
     model.config.attention_chunk_size = 8192  # never reached
     assert packs(LM(model, tiny.tokenizer())) is None
 

@@ -68,7 +68,7 @@ def compare_once(
     chosen = min(candidates, key=lambda name: (-dev[name][0], dev[name][1], _passes(fitted[name])))
     fitted |= _random(fitted[chosen], seed)
     seen, total = _score_all(lm, task, fitted, seed, chosen)
-    verdict = _verdict(total, seen, chosen, lm)
+    verdict = _verdict(total, seen, chosen, getattr(fitted[chosen], "source", None) or chosen)
     return Comparison(replace(total, verdicts=(verdict,)), fitted, chosen, verdict, dev)
 
 
@@ -123,10 +123,17 @@ def _score_all(
         part = score_observed(lm, seen[name], fitted[name], reference, seed=seed)
         if name == "random":
             part = _matched(part, fitted[chosen], chosen)
-        total += replace(part, rows=tuple(replace(row, seed=seed) for row in part.rows))
+        total += _in_block(part, seed)
         if name == "few-shot":
             total += score_observed(lm, seen[name], fitted[name], reference, seed=seed, cached=True)
     return seen, total
+
+
+def _in_block(part: Results, seed: int) -> Results:
+    """One row and its records, both under the block's seed (a ready-made vector was fitted with its own)."""
+    row = replace(part.rows[0], seed=seed)
+    key = {"method": row.method, "seed": row.seed}
+    return replace(part, rows=(row,), examples=tuple(example | key for example in part.examples))
 
 
 def _matched(part: Results, condition: Condition, chosen: str) -> Results:
@@ -141,11 +148,11 @@ def _hits(seen: Observation) -> results.Values:
     return np.array([p == g for p, g in zip(seen.predictions, gold, strict=True)], dtype=float)
 
 
-def _verdict(total: Results, seen: Mapping[str, Observation], chosen: str, lm: LM) -> Verdict:
+def _verdict(total: Results, seen: Mapping[str, Observation], chosen: str, name: str) -> Verdict:
     """One sentence: what the chosen candidate keeps of few-shot, and what it saves."""
     kept = results.share_kept(_hits(seen["zero-shot"]), _hits(seen[chosen]), _hits(seen["few-shot"]))
     vector_tokens, few_tokens = (np.mean([len(p) for p in seen[name].prompts]) for name in (chosen, "few-shot"))
-    name, task = _name(total, chosen), seen[chosen].split.spec.name
+    task = seen[chosen].split.spec.name
     if kept is None:
         few, zero = (total[name].headline for name in ("few-shot", "zero-shot"))
         sentence = f"{task}: do not compile: few-shot ({_percent(few)}) is not above zero-shot ({_percent(zero)})."
@@ -158,11 +165,6 @@ def _verdict(total: Results, seen: Mapping[str, Observation], chosen: str, lm: L
         f"with {vector_tokens:.0f} instead of {few_tokens:.0f} prompt tokens."
     )
     return Verdict(name, kept, sentence)
-
-
-def _name(total: Results, chosen: str) -> str:
-    rows = [row for row in total.rows if row.method == chosen]
-    return chosen if rows else next((row.source or row.method for row in total.rows if row.source), chosen)
 
 
 def _percent(metric: Metric | None) -> str:

@@ -14,6 +14,9 @@ from taskvec.replay.trials import first_edited
 from taskvec.tasks import Dev
 from taskvec.vector import TaskVector
 
+HALF = "\ufffd"
+"""What a tokenizer shows for a character whose last bytes are still to come."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -51,7 +54,8 @@ def _ask(lm: LM, dev: Dev, trials: Sequence[Trial], shown: Sequence[Example]) ->
 
     def settled(trial: int, text: str) -> bool:
         """Complete, or already not the gold answer: an exact match is all that counts here."""
-        return ends in text or not dev.examples[trials[trial].prompt].output.startswith(text.strip())
+        begun = text.strip().rstrip(HALF)
+        return ends in text or not dev.examples[trials[trial].prompt].output.startswith(begun)
 
     def gold_logprob(trial: int, logits: Tensor) -> Tensor:
         return logits.log_softmax(-1)[golds[trials[trial].prompt][0]]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError, VectorMismatch
-from taskvec.hooks import check_fits
+from taskvec.hooks import check_fits, prove
 from taskvec.lm import LM, Encoded
 from taskvec.prompts import Example
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
@@ -53,6 +53,7 @@ def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
     origin = condition.origin if condition is not None else None
     check_template(split.spec, origin)
     _check_unseen(split, origin)
+    prove(lm)  # before a rival changes it
     if not isinstance(condition, Adapted):
         check_fits(lm, condition)
     shown = origin.shown if origin is not None else ()

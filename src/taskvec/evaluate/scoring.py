@@ -48,7 +48,7 @@ def score_observed(
     origin = condition.origin if condition is not None else None
     examples = _examples(lm, seen, reference)
     row = Row(
-        method=(origin.method if origin is not None else "zero-shot") + ("-cached" if cached else ""),
+        method=_method(condition) + ("-cached" if cached else ""),
         task=seen.split.spec.name,
         seed=origin.seed if origin is not None else seed,
         n=len(seen.split),
@@ -59,8 +59,14 @@ def score_observed(
         **_fit_cost(origin),
         **asdict(_query_cost(lm, seen, condition, cached=cached)),
     )
-    key = {"method": row.method, "task": row.task, "seed": row.seed}
+    key = {"method": row.method, "task": row.task, "seed": row.seed, "source": row.source}
     return Results((row,), tuple({**key, **example} for example in examples))
+
+
+def _method(condition: Condition) -> str:
+    if condition is None:
+        return "zero-shot"
+    return condition.origin.method if condition.origin is not None else "hand-made"
 
 
 def _query_cost(lm: LM, seen: Observation, condition: Condition, *, cached: bool) -> QueryCost:

@@ -52,14 +52,20 @@ def _why_not(lm: LM) -> str | None:
     if missing:
         return f"its forward takes no {', '.join(missing)}"
     windows = _windows(lm)
-    for name, size in windows.items():
-        if size > LONG and name != "sliding_window":  # that one is transformers' own: the tree's masks know it
-            return f"its attention has a window ({name} = {size}) too long to prove anything behind it"
-    prefix = max([PREFIX, *(size + 1 for size in windows.values() if size <= LONG)])
+    unproved = {name: size for name, size in windows.items() if size > LONG}
+    unproved.pop("sliding_window", None)  # that one is transformers' own: the tree's masks know it
+    if unproved:
+        return f"its attention has a window {unproved} too long to prove anything behind it"
+    short = [size for size in windows.values() if size <= LONG]
+    prefix = max([PREFIX, *(size + 1 for size in short)])
+    return _packed_wrong(lm, prefix)
+
+
+def _packed_wrong(lm: LM, prefix: int) -> str | None:
     try:
         error = _packing_error(lm, prefix)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as raised:
-        return f"a packed pass failed ({type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''})"
+        return f"a packed pass failed ({type(raised).__name__}: {str(raised).partition(chr(10))[0]})"
     allowed = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.1
     return None if error <= allowed else f"a packed pass differs from the plain one by {error:.2g} of the logits' range"
 
