@@ -58,11 +58,8 @@ def demo() -> str:
 
 def evaluation() -> str:
     """Several tasks, three seeds: the mean of the seeds, and the lowest and highest seed behind it."""
-    rows = [
-        row
-        for name in ("eval_past_tense", "eval_plural", "eval_capitalize", "eval_reviews")
-        for row in read(name)["rows"]
-    ]
+    names = sorted(path.stem for path in RESULTS.glob("eval_*.json"))
+    rows = [row for name in names for row in read(name)["rows"]]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["task"], row["method"]), []).append(row)
@@ -85,8 +82,8 @@ def seeds(rows: list[dict[str, Any]], key: str) -> str:
 def benchmarks() -> str:
     """The three ratios."""
     body = []
-    for name in ("replay", "shared_prefix", "learned_step"):
-        result = read(f"bench_{name}")
+    for path in sorted(RESULTS.glob("bench_*.json")):
+        result, name = read(path.stem), path.stem.removeprefix("bench_")
         parts = (
             [("", result), (" at 400 tokens", result["at_400_tokens"])] if "at_400_tokens" in result else [("", result)]
         )
