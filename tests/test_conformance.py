@@ -162,7 +162,7 @@ def check_weights_unchanged(method: Method, lm: LM) -> None:
 
 def check_no_hooks_left(method: Method, lm: LM) -> None:
     found = fitted(method, lm)
-    assert found.before.hooks == found.after.hooks == tiny.count_hooks(lm.model) == 0
+    assert found.before.hooks == found.after.hooks  # transformers leaves its own where hidden states were asked for
 
 
 def check_random_state_unchanged(method: Method, lm: LM) -> None:
@@ -268,13 +268,14 @@ def check_several_tasks_refused(method: Method, lm: LM) -> None:
 
 
 def check_test_split_refused(method: Method, lm: LM) -> None:
+    hooks = tiny.count_hooks(lm.model)
     with pytest.raises(TypeCheckError):
         method.fit(lm, task().test, task().dev)  # type: ignore[arg-type]
     with pytest.raises(TypeCheckError):
         method.fit(lm, task().train, task().test)  # type: ignore[arg-type]
     with pytest.raises(TypeCheckError):
         method.fit(lm, [task().test], [task().dev])  # type: ignore[list-item]
-    assert tiny.count_hooks(lm.model) == 0
+    assert tiny.count_hooks(lm.model) == hooks
 
 
 # --- what the vector does ---------------------------------------------------------------------------------------------
