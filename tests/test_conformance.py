@@ -48,12 +48,6 @@ COSTS = {  # gold labels and unlabelled queries read: 3 demonstrations, 3 dev it
 SEED = 1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
-
-
 @cache
 def task() -> Task:
     """Sixty examples, three shots."""

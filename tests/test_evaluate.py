@@ -40,12 +40,6 @@ LABELS = ("good", "bad", "not good at all")
 R1 = Site("resid", 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
-
-
 @cache
 def lm() -> LM:
     return tiny.tiny_lm("llama")

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -31,12 +31,6 @@ from tests import tiny
 
 HEAD_IN = Site("lm_head_in")
 both_families = pytest.mark.parametrize("family", ["llama", "gpt2"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
 
 
 @cache
