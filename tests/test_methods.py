@@ -768,6 +768,13 @@ def test_a_layer_the_model_has_not_is_refused(method: methods.Method) -> None:
         method.fit(exact_lm("llama"), open_task().train, open_task().dev)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mpt"])
+def test_what_is_proved_about_a_model_once_is_no_part_of_the_first_fits_cost(family: str) -> None:
+    lm, task = tiny.fresh_lm(family), open_task()
+    first, second = (HendelTaskVector(layer=1).fit(lm, task.train, task.dev) for _ in range(2))
+    assert origin_of(first).cost.tokens == origin_of(second).cost.tokens > 0
+
+
 # --- the two prompts --------------------------------------------------------------------------------------------------
 
 
