@@ -62,8 +62,9 @@ def compare_once(
     fitted = _fit_all(lm, task, _with_controls(methods), seed)
     fitted |= {f"vector {i}": vector for i, vector in enumerate(vectors)}
     candidates = [name for name in fitted if name not in (*PROMPTED, "mean-difference")] or ["mean-difference"]
+    few = observe(lm, task.dev, fitted["few-shot"])
     dev = {
-        name: _on_dev(lm, task, fitted[name], fitted["few-shot"]) for name in track(candidates, "dev", len(candidates))
+        name: _on_dev(observe(lm, task.dev, fitted[name]), few) for name in track(candidates, "dev", len(candidates))
     }
     chosen = min(candidates, key=lambda name: (-dev[name][0], dev[name][1], _passes(fitted[name])))
     fitted |= _random(fitted[chosen], seed)
@@ -94,10 +95,9 @@ def _fit_all(lm: LM, task: Task, methods: Sequence[Method], seed: int) -> dict[s
     return fitted
 
 
-def _on_dev(lm: LM, task: Task, condition: Condition, few: Condition) -> tuple[float, float]:
+def _on_dev(seen: Observation, few: Observation) -> tuple[float, float]:
     """(headline accuracy, d_ntp_full) on dev."""
-    seen, reference = observe(lm, task.dev, condition), observe(lm, task.dev, few)
-    return float(_hits(seen).mean()), float(kl(reference.logits, seen.logits).mean())
+    return float(_hits(seen).mean()), float(kl(few.logits, seen.logits).mean())
 
 
 def _passes(condition: Condition) -> int:
