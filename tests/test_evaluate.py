@@ -547,17 +547,23 @@ class Biased:
             lm.model.lm_head.bias = None
 
 
-def test_an_adapted_model_is_scored_the_plain_way_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapted_model_is_proved_anew_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     task, bias = label_task(), tiny.random_vector(tiny.VOCABULARY, 4, 3.0)
     adapted = Biased(bias, origin_of(linear(True)).model_copy(update={"method": "bias"}))
     bare, before = observe(lm(), task.test), tiny.weights_of(lm().model)
     reference = observe(lm(), task.test, few_shot(origin_of(linear(True))))
 
-    def engine(*_: Any, **__: Any) -> None:
-        raise AssertionError("the packed engine was proved for the model as it was")
+    proofs, asked, real = dict(lm().proofs), list[bool](), import_module("taskvec.replay.run")._why_not
 
-    monkeypatch.setattr(import_module("taskvec.evaluate.observe"), "replay", engine)
+    def why_not(model: LM) -> str | None:
+        asked.append("packed" in model.proofs)
+        reason: str | None = real(model)
+        return reason
+
+    monkeypatch.setattr(import_module("taskvec.replay.run"), "_why_not", why_not)
     seen = observe(lm(), task.test, adapted)
+    assert asked == [False]
+    assert lm().proofs == proofs
     torch.testing.assert_close(seen.logits, bare.logits + bias, atol=1e-4, rtol=0)
     assert seen.texts != bare.texts
     row = score(lm(), task.test, adapted, reference=reference).rows[0]

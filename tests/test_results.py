@@ -269,7 +269,11 @@ def test_json_holds_rows_and_verdicts_and_only_metrics_are_value_low_high() -> N
         assert set(row) == {f.name for f in fields(Row)}
     learned = plain["rows"][1]
     assert learned["accuracy"] == {"value": 0.8, "low": 0.8 - 0.1, "high": 0.8 + 0.1}
-    assert [key for key, value in learned.items() if isinstance(value, dict)] == ["accuracy", "hyperparameters"]
+    assert [key for key, value in learned.items() if isinstance(value, dict)] == [
+        "accuracy",
+        "hyperparameters",
+        "found",
+    ]
     assert (learned["when_icl_wrong"], learned["d_ntp_support"], learned["seed"]) == (None, 7, 0)
     assert set(plain["verdicts"][0]["kept"]) == {"value", "low", "high"}
 

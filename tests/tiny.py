@@ -29,6 +29,7 @@ _LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+_MULTI_HEAD = {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"}
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 _GPT2: dict[str, Any] = {**_COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512}
 _FALCON: dict[str, Any] = {**_COMMON, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -58,9 +59,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 20}),
     "gemma3": ("Gemma3", {**_LLAMA, **_WINDOWED, "hidden_size": 40, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", _GPT2),
-    "gpt_neox": ("GPTNeoX", {**_LLAMA, "hidden_size": 48, "num_key_value_heads": None}),
+    "gpt_neox": ("GPTNeoX", {**_MULTI_HEAD, "hidden_size": 48}),
     "gptj": ("GPTJ", {**_GPT2, "rotary_dim": 4}),
-    "opt": ("OPT", {**_LLAMA, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt": ("OPT", {**_MULTI_HEAD, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "phi3": ("Phi3", _LLAMA),
     "olmo2": ("Olmo2", _LLAMA),
     "falcon": ("Falcon", {**_FALCON, "bias": True}),

@@ -39,7 +39,7 @@ def compare(
     task: Task,
     methods: Sequence[str | Method] = DEFAULT,
     *,
-    vectors: Sequence[TaskVector] = (),
+    vectors: Sequence[TaskVector | VectorSource] = (),
     seeds: Sequence[int] = (0,),
 ) -> Results:
     """The table: zero-shot, few-shot (also with a cached prefix, for cost), mean-difference, the methods, ready-made
@@ -54,14 +54,19 @@ def compare(
 
 
 def compare_once(
-    lm: LM, task: Task, methods: Sequence[str | Method], *, vectors: Sequence[TaskVector] = (), seed: int = 0
+    lm: LM,
+    task: Task,
+    methods: Sequence[str | Method],
+    *,
+    vectors: Sequence[TaskVector | VectorSource] = (),
+    seed: int = 0,
 ) -> Comparison:
     """`compare` for one seed, with what was fitted."""
     if seed < 0:
         raise InputError("a seed of 0 or more", str(seed), "name another")
     fitted = _fit_all(lm, task, _with_controls(methods), seed)
     fitted |= {f"vector {i}": vector for i, vector in enumerate(vectors)}
-    candidates = [name for name in fitted if name not in (*PROMPTED, "mean-difference")] or ["mean-difference"]
+    candidates = [name for name in fitted if _is_candidate(name, fitted[name])] or ["mean-difference"]
     few = observe(lm, task.dev, fitted["few-shot"])
     dev = {
         name: _on_dev(observe(lm, task.dev, fitted[name]), few) for name in track(candidates, "dev", len(candidates))
@@ -71,6 +76,11 @@ def compare_once(
     seen, total = _score_all(lm, task, fitted, seed, chosen)
     verdict = _verdict(total, seen, chosen, getattr(fitted[chosen], "source", None) or chosen)
     return Comparison(replace(total, verdicts=(verdict,)), fitted, chosen, verdict, dev)
+
+
+def _is_candidate(name: str, condition: Condition) -> bool:
+    """Vectors and sources are chosen among; prompts, controls and rivals that are not vectors stand beside them."""
+    return isinstance(condition, TaskVector | VectorSource) and name not in (*PROMPTED, "mean-difference")
 
 
 def _with_controls(methods: Sequence[str | Method]) -> list[Method]:

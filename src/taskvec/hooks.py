@@ -17,7 +17,7 @@ from taskvec.errors import InputError, MissingSite, UnfiredEdit, VectorMismatch
 from taskvec.lm import LM, Batch, Encoded
 from taskvec.placing import Injecting, Injection, Pass, Placed, Plan, Transform, Vectors, part_of
 from taskvec.sites import Site
-from taskvec.vector import TaskVector, VectorSource
+from taskvec.vector import Adapted, Predictor, TaskVector, VectorSource
 
 # --- the one place where hooks are registered ------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ def _first_tokens(value: Any, here: int, total: int) -> Any:
     return value[:, :, :here, : value.shape[3] - total + here] if at == 2 else value[:, :here]
 
 
-def check_fits(lm: LM, vector: TaskVector | VectorSource | None) -> None:
+def check_fits(lm: LM, vector: TaskVector | VectorSource | Adapted | Predictor | None) -> None:
     """Refuse a vector of another model (`VectorMismatch`), or with a site this one has not (`MissingSite`)."""
     if vector is None:
         return
@@ -265,9 +265,7 @@ def prove(lm: LM) -> None:
 
 def probe(lm: LM, rows: int, length: int = 3) -> Batch:
     """A batch of equal short prompts of arbitrary tokens."""
-    embedding = lm.model.get_input_embeddings()
-    vocabulary = embedding.weight.shape[0]
-    return lm.batch([Encoded(tuple((7 * i + 5) % vocabulary for i in range(length)))] * rows)
+    return lm.batch([Encoded(tuple((7 * i + 5) % lm.vocabulary for i in range(length)))] * rows)
 
 
 def _not_additive(lm: LM, seen: Mapping[Site, Tensor]) -> dict[Site, str]:

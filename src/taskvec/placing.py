@@ -31,7 +31,7 @@ class Pass:
         cache = inputs.get("past_key_values")
         self.past = int(cache.get_seq_length()) if cache is not None else 0
         mask = inputs.get("attention_mask")
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.mask = (mask != 0).long() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         keep = inputs.get("logits_to_keep", 0)
         everything = torch.arange(self.cols)
         self.kept = keep.cpu() if isinstance(keep, Tensor) else everything[-keep:] if keep else everything

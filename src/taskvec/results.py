@@ -59,6 +59,7 @@ class Row:
     query_ms: float = 0.0
     dtype: str = ""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def headline(self) -> Metric | None:

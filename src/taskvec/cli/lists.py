@@ -21,6 +21,9 @@ def show_vector(folder: Path, *, as_json: bool) -> None:
     from taskvec.vector import TaskVector
     from taskvec.vector.store import CARD, CONFIG
 
+    if not (folder / CONFIG).is_file() and not isinstance(source := registry.load(folder), TaskVector):
+        show_source(source, folder, as_json=as_json)
+        return
     vector = TaskVector.from_pretrained(folder)
     config = json.loads((folder / CONFIG).read_text("utf-8"))
     norms = {name: float(t.norm()) for name, t in vector.tensors().items()}
@@ -38,20 +41,38 @@ def show_vector(folder: Path, *, as_json: bool) -> None:
         show.say("\n" + card.split("```text\n", 1)[1].split("```", 1)[0])
 
 
+def show_source(source: Any, folder: Path, *, as_json: bool) -> None:
+    """A saved vector source: its origin, and the sites it may edit."""
+    rows = {"sites": [str(site) for site in source.sites], "origin": source.origin.model_dump(mode="json")}
+    if as_json:
+        show.emit({**rows, "vector": str(folder)})
+        return
+    plain = {**rows["origin"], "demos": f"{len(source.origin.demos)} demonstrations", "sites": ", ".join(rows["sites"])}
+    show.table([["source", ""]] + [[name, str(value)] for name, value in plain.items()])
+
+
 def show_methods(name: str | None, *, as_json: bool) -> None:
     """All methods' names, or one method's page."""
     if name is None:
-        names = [*registry.names(), "random"]
-        show.emit({"methods": names}) if as_json else show.say("\n".join(names))
+        rows = [registry.facts(name) for name in [*registry.names(), "random"]]
+        cells = [["method", "paper", "sites", "ops", "labels", "gradients"]]
+        cells += [[_fact(value) for value in row.values()] for row in rows]
+        show.emit({"methods": rows}) if as_json else show.table(cells)
         return
     method: Any = registry.get(name)
-    rows = {f.name: repr(f.default) for f in fields(method)} if is_dataclass(method) else {}
+    values = {f.name: repr(f.default) for f in fields(method)} if is_dataclass(method) else {}
     about = importlib.import_module(method.__module__).__doc__ or ""
     if as_json:
-        show.emit({"method": name, "about": about, "doc": method.__doc__, "fields": rows})
+        show.emit({"method": name, "about": about, "doc": method.__doc__, "fields": values})
         return
     show.say(f"{about.strip()}\n\n{(method.__doc__ or '').strip()}\n")
-    show.table([["field", "default"], *([key, value] for key, value in rows.items())])
+    show.table([["field", "default"], *([key, value] for key, value in values.items())])
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    return "-" if value is None else _yes(value)
 
 
 def show_models(*, as_json: bool) -> None:

@@ -77,14 +77,14 @@ def compile_task(
     task = _task(data, prompts)
     chosen = make_methods(choices.methods, choices.settings, compiling=True)
     from taskvec.comparison import compare_once
-    from taskvec.vector import TaskVector
+    from taskvec.vector import TaskVector, VectorSource
     from taskvec.vector.card import card
 
     with shown():
         lm = where.load()
         done = compare_once(lm, _with_chat(task, prompts, lm), chosen, seed=choices.seeds[0])
     vector = done.fitted[done.chosen] if done.chosen is not None else None
-    if not isinstance(vector, TaskVector):
+    if not isinstance(vector, TaskVector | VectorSource) or not hasattr(vector, "save_pretrained"):
         raise InputError("a method whose vector can be saved", str(done.chosen), "compile with another --method")
     vector.save_pretrained(out, overwrite=choices.overwrite, card=card(vector, str(done.results)))
     if as_json:
@@ -102,9 +102,8 @@ def eval_task(data: str, prompts: PromptOptions, where: ModelOptions, choices: C
     asked = [] if choices.methods is None and choices.vectors else choices.methods
     chosen = make_methods(asked, choices.settings)
     from taskvec.comparison import compare
-    from taskvec.vector import TaskVector
 
-    vectors = [TaskVector.from_pretrained(folder) for folder in choices.vectors]
+    vectors = [registry.load(folder) for folder in choices.vectors]
     with shown():
         lm = where.load()
         found = compare(lm, _with_chat(task, prompts, lm), chosen, vectors=vectors, seeds=choices.seeds)
@@ -119,9 +118,7 @@ def eval_task(data: str, prompts: PromptOptions, where: ModelOptions, choices: C
 def generate_answers(folder: Path, asked: Asked, where: ModelOptions, *, as_json: bool) -> None:
     """Answer one text or a file."""
     inputs = _inputs(asked)
-    from taskvec.vector import TaskVector
-
-    vector = TaskVector.from_pretrained(folder)
+    vector = registry.load(folder)
     if vector.origin is None:
         raise InputError(
             "a vector with an origin", f"none in {folder}", "use it from Python: with inject(lm, vector): ..."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from taskvec.evaluate.fitting import Fitting
 from taskvec.evaluate.observe import encode_answers
 from taskvec.lm import LM
 from taskvec.prompts import Example
@@ -45,6 +46,15 @@ def choose(
     logs = answers.kept.reshape(len(candidates), -1).mean(1)
     best = max(range(len(candidates)), key=lambda c: (float(hits[c]), float(logs[c]), -c))
     return Choice(best, tuple(hits.tolist()), tuple(logs.tolist()))
+
+
+def pick(fitting: Fitting, dev: Dev, candidates: Sequence[TaskVector], n_dev: int) -> tuple[int, tuple[float, ...]]:
+    """The best candidate's place and all dev accuracies, dev's labels counted as read. A single one needs no dev."""
+    if len(candidates) == 1:
+        return 0, ()
+    fitting.labels += len(dev.examples[:n_dev])
+    choice = choose(fitting.lm, dev, candidates, limit=n_dev)
+    return choice.best, choice.accuracy
 
 
 def _ask(lm: LM, dev: Dev, trials: Sequence[Trial], shown: Sequence[Example]) -> Ask:

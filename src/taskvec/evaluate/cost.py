@@ -13,7 +13,7 @@ from taskvec.hooks import inject
 from taskvec.lm import LM, Encoded
 from taskvec.replay import Segment, Tree, packs
 from taskvec.replay.tree import ROOT
-from taskvec.vector import Adapted
+from taskvec.vector import Adapted, TaskVector, VectorSource
 
 TIMED = 20
 
@@ -29,19 +29,20 @@ class QueryCost:
 
 @torch.no_grad()
 def query_cost(lm: LM, prompts: Sequence[Encoded], condition: Condition = None) -> QueryCost:
-    """Batch 1, unpacked, without a cached prefix; the edit is in the time."""
+    """Batch 1, unpacked, without a cached prefix; the edit is in the time (a predictor's own few products are not)."""
     times = []
     keep = {"logits_to_keep": 1} if "logits_to_keep" in lm.accepts else {}
     with condition.applied(lm) if isinstance(condition, Adapted) else nullcontext():
         for prompt in [prompts[0], *prompts[:TIMED]]:  # the first one warms up
             batch = lm.batch([prompt])
-            vectors = [None] if condition is None or isinstance(condition, Adapted) else condition
+            vectors = condition if isinstance(condition, TaskVector | VectorSource) else [None]
             with inject(lm, vectors):
                 start = time.perf_counter()
                 lm.forward(batch, **keep)
                 times.append(time.perf_counter() - start)
+        virtual = getattr(lm.model, "virtual_tokens", 0)
     mean = statistics.fmean(map(len, prompts))
-    return QueryCost(mean, mean, 1000 * statistics.median(times[1:]))
+    return QueryCost(mean, mean + virtual, 1000 * statistics.median(times[1:]))
 
 
 @torch.no_grad()

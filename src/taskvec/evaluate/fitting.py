@@ -12,10 +12,11 @@ from torch import Tensor
 
 from taskvec.errors import InputError
 from taskvec.hooks import prove
-from taskvec.lm import LM
+from taskvec.lm import LM, Encoded
 from taskvec.lm.model import Meter
 from taskvec.prompts import Example
 from taskvec.replay import Ask, Trial, packs, replay
+from taskvec.replay.stagger import staggers
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
 from taskvec.vector import Cost, ModelId, Origin
@@ -42,7 +43,10 @@ def at_least_one(method: Any, *names: str) -> None:
 
 @dataclass(eq=False)
 class Fitting:
-    """One fit in progress: the seed's demonstrations, and what has been spent so far."""
+    """One fit in progress: the seed's demonstrations, and what has been spent so far.
+
+    `read` holds the train inputs whose gold outputs were read; `labels` counts those of dev.
+    """
 
     lm: LM
     method: Any
@@ -51,6 +55,7 @@ class Fitting:
     demos: tuple[Example, ...]
     meter: Meter
     started: float = field(default_factory=time.perf_counter)
+    read: set[str] = field(default_factory=set)
     labels: int = 0
     queries: int = 0
 
@@ -59,21 +64,27 @@ class Fitting:
     def of(cls, lm: LM, method: Any, train: Train, *, seed: int) -> Iterator["Fitting"]:
         """Start the clock and the token count. The demonstrations' labels count as read."""
         demos = train.demonstrations(seed=seed)
-        prove(lm)  # both are done once per model: no part of what this fit costs
-        packs(lm)
+        prove(lm)  # all are done once per model: no part of what this fit costs
+        if packs(lm) is None:
+            staggers(lm)
         with lm.metered() as meter:
-            yield cls(lm, method, train, seed, demos, meter, labels=len(demos))
+            yield cls(lm, method, train, seed, demos, meter, read={demo.input for demo in demos})
 
     def states(
         self, examples: Sequence[Example], sites: Sequence[Site], *, shown: Sequence[Example] = ()
     ) -> Mapping[Site, Float[Tensor, "n w"]]:
         """The states at the last prompt token of each example's prompt behind the demonstrations `shown`."""
         format = self.train.spec.format
-        prompts = [self.lm.encode(format.prompt(example.input, shown)) for example in examples]
+        return self.states_of([self.lm.encode(format.prompt(example.input, shown)) for example in examples], sites)
+
+    def states_of(self, prompts: Sequence[Encoded], sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "n w"]]:
+        """The states at the last token of each prompt."""
         return replay(self.lm, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
 
-    def origin(self, *, prompt: Literal["zero-shot", "few-shot"] = "zero-shot") -> Origin:
-        """The origin of the vector that was fitted."""
+    def origin(
+        self, *, prompt: Literal["zero-shot", "few-shot"] = "zero-shot", found: Mapping[str, Any] | None = None
+    ) -> Origin:
+        """The origin of what was fitted. `found` is what the fit chose and measured, as plain JSON values."""
         spec = self.train.spec
         seconds = time.perf_counter() - self.started
         return Origin(
@@ -90,8 +101,11 @@ class Fitting:
             demos=self.demos,
             prompt=prompt,
             max_new_tokens=self._longest(),
-            cost=Cost(labels=self.labels, queries=self.queries, tokens=self.meter.tokens, seconds=seconds),
+            cost=Cost(
+                labels=len(self.read) + self.labels, queries=self.queries, tokens=self.meter.tokens, seconds=seconds
+            ),
             versions={name: version(name) for name in VERSIONS},
+            found=_plain(found or {}),
         )
 
     def _longest(self) -> int:
@@ -100,5 +114,8 @@ class Fitting:
         return max(len(ids) for ids in first_tokens(self.lm, self.train, terminator=True))
 
 
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what JSON gives back."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value

@@ -1,10 +1,11 @@
 """Running a split under a condition, once: everything the scores are computed from."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,16 +16,19 @@ from taskvec.prompts import Example
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
 from taskvec.replay.trials import first_edited
 from taskvec.tasks import Split, TaskSpec, Test
-from taskvec.vector import Adapted, Origin, TaskVector, VectorSource
+from taskvec.vector import Adapted, Origin, Predictor, TaskVector, VectorSource
 
-Condition = TaskVector | VectorSource | Adapted | None
-"""What is scored: a vector, a source, an adapted rival; None is the bare zero-shot prompt."""
+Condition = TaskVector | VectorSource | Adapted | Predictor | None
+"""What is scored: a vector, a source, an adapted model, a predictor; None is the bare zero-shot prompt."""
+NEVER = -1e4
+"""The logit of what a predictor cannot answer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
     """What a condition gave on a split. Shapes: n examples, V vocabulary, L labels. `texts` are the cut greedy
-    answers."""
+    answers; of a predictor, which generates nothing, its labels, and its logits are those of the labels' first tokens
+    (`NEVER` elsewhere; `open` is False)."""
 
     split: Split
     prompts: tuple[Encoded, ...]
@@ -32,6 +36,7 @@ class Observation:
     label_logprobs: Float[Tensor, "n L"]
     texts: tuple[str, ...]
     golds: tuple[tuple[int, ...], ...]
+    open: bool = True
 
     @cached_property
     def labels(self) -> tuple[str, ...] | None:
@@ -54,18 +59,57 @@ def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
     check_template(split.spec, origin)
     _check_unseen(split, origin)
     prove(lm)  # before a rival changes it
-    if not isinstance(condition, Adapted):
-        check_fits(lm, condition)
+    check_fits(lm, condition)
     shown = origin.shown if origin is not None else ()
     prompts = tuple(lm.encode(split.spec.format.prompt(example.input, shown)) for example in split.examples)
     golds, labels, longest = encode_answers(lm, split, shown)
+    if isinstance(condition, Predictor):
+        return _predicted(lm, split, condition, prompts, golds, labels)
     ends = split.spec.format.terminator
     ask = Ask(keep=lambda _, row: row, labels=labels, max_new=longest, done=lambda _, text: ends in text)
-    with condition.applied(lm) if isinstance(condition, Adapted) else nullcontext():
+    with _applied(lm, condition):
         engine, trials = _engine(lm, prompts, condition)
         answers = engine.answer(trials, ask)
     texts = tuple(split.spec.format.cut(lm.decode(tokens)) for tokens in answers.tokens)
     return Observation(split, prompts, answers.kept, answers.label_logprobs, texts, golds)
+
+
+@contextmanager
+def _applied(lm: LM, condition: Condition) -> Iterator[None]:
+    """The model as the condition has it. What was proved of the bare model says nothing of an adapted one."""
+    if not isinstance(condition, Adapted):
+        yield
+        return
+    proofs = lm.proofs
+    with condition.applied(lm), lm.unproved() if lm.proofs is proofs else nullcontext():
+        yield
+
+
+def _predicted(
+    lm: LM,
+    split: Split,
+    predictor: Predictor,
+    prompts: tuple[Encoded, ...],
+    golds: tuple[tuple[int, ...], ...],
+    labels: tuple[tuple[int, ...], ...],
+) -> Observation:
+    """A predictor's labels, and its distribution as logits of the labels' first tokens."""
+    names = need_labels(split.spec, predictor.origin.method if predictor.origin is not None else "a predictor")
+    logs = predictor.label_logprobs(lm, prompts).float().cpu()
+    logits = torch.full((len(prompts), lm.vocabulary), NEVER)
+    for column, label in enumerate(labels):
+        logits[:, label[0]] = torch.maximum(logits[:, label[0]], logs[:, column])
+    texts = tuple(names[int(i)] for i in logs.argmax(-1))
+    return Observation(split, prompts, logits, logs, texts, golds, open=False)
+
+
+def need_labels(spec: TaskSpec, method: str) -> tuple[str, ...]:
+    """The task's labels. Raises `InputError` where it has none, for a method that chooses among them."""
+    if spec.labels is None:
+        wanted = f"a task with labels, for {method}"
+        found = f"{spec.name}, whose answers are free text"
+        raise InputError(wanted, found, "name them in the sidecar (labels: [...]), or use another method")
+    return spec.labels
 
 
 def encode_answers(
@@ -109,11 +153,13 @@ def _check_unseen(split: Split, origin: Origin | None) -> None:
         raise InputError(f"at most the {origin.n_test} test items kept from the vector", found, "lower --n-test")
 
 
-def _engine(lm: LM, prompts: Sequence[Encoded], condition: Condition) -> tuple[Packed | Plain, list[Trial]]:
-    if isinstance(condition, Adapted):  # nothing was proved about an adapted model: the plain way
-        return Plain(lm, prompts), [Trial(i) for i in range(len(prompts))]
+def _engine(
+    lm: LM, prompts: Sequence[Encoded], condition: TaskVector | VectorSource | Adapted | None
+) -> tuple[Packed | Plain, list[Trial]]:
+    if isinstance(condition, Adapted):
+        return replay(lm, prompts), [Trial(i) for i in range(len(prompts))]
     vectors: Sequence[TaskVector | None] = (
-        [condition] * len(prompts) if isinstance(condition, TaskVector | None) else (condition.vectors(lm, prompts))
+        condition.vectors(lm, prompts) if isinstance(condition, VectorSource) else [condition] * len(prompts)
     )
     starts = [first_edited(prompt, vector) for prompt, vector in zip(prompts, vectors, strict=True)]
     return replay(lm, prompts, starts=starts), [Trial(i, vector) for i, vector in enumerate(vectors)]

@@ -55,6 +55,7 @@ def score_observed(
         source=condition.source if isinstance(condition, TaskVector) else None,
         dtype=str(lm.dtype).removeprefix("torch."),
         hyperparameters=dict(origin.hyperparameters) if origin is not None else {},
+        found=dict(origin.found) if origin is not None else {},
         **_metrics(lm, seen, examples),
         **_fit_cost(origin),
         **asdict(_query_cost(lm, seen, condition, cached=cached)),
@@ -99,7 +100,7 @@ def _examples(lm: LM, seen: Observation, reference: Observation | None) -> list[
     if reference is not None:
         support = _support(lm, seen)
         narrow = d_ntp(reference.logits, seen.logits, support).tolist() if support else [None] * len(gold)
-        full = kl(reference.logits, seen.logits).tolist()
+        full = kl(reference.logits, seen.logits).tolist() if seen.open else [None] * len(gold)
         for i, record in enumerate(records):
             record["d_ntp"], record["d_ntp_full"] = narrow[i], full[i]
             record["agrees"] = seen.predictions[i] == reference.predictions[i]

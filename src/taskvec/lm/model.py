@@ -3,9 +3,7 @@
 Shapes: B rows, T tokens, V vocabulary.
 """
 
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from taskvec.errors import InputError, MissingSite, PromptTooLong
 from taskvec.lm.encode import Batch, Encoded, Running
+from taskvec.lm.identity import fingerprint, tokenizer_hash
 from taskvec.lm.load import load, parse_dtype
 from taskvec.lm.structure import Block, find_blocks, in_width, out_width
 from taskvec.prompts import Prompt, PromptFormat
@@ -31,7 +30,6 @@ _NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
 }
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
 @dataclass
@@ -102,6 +100,11 @@ class LM:
         return int(self.config.num_attention_heads)
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
@@ -135,23 +138,12 @@ class LM:
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and of eight values of every weight, rounded to bfloat16 (so that a cast of the
         same checkpoint keeps it). A full hash would cost seconds; this one changes with any training."""
-        config = _lasting(self.model.config.to_dict())
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, weight in self.model.named_parameters():
-            flat = weight.detach().reshape(-1)
-            picked = flat[[i * (flat.numel() - 1) // 7 for i in range(8)]]
-            values = picked.to(torch.bfloat16).float().tolist() if weight.is_floating_point() else picked.tolist()
-            digest.update(f"{name} {values}".encode())
-        return digest.hexdigest()
+        return fingerprint(self.model)
 
     @cached_property
     def tokenizer_hash(self) -> str:
         """SHA-256 of the tokenizer (empty without one)."""
-        if self.tokenizer is None:
-            return ""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return tokenizer_hash(self.tokenizer)
 
     # --- sites -------------------------------------------------------------------------------------------------------
 
@@ -300,6 +292,16 @@ class LM:
             self.running = before
 
     @contextmanager
+    def unproved(self) -> Iterator[None]:
+        """Inside, packed passes are proved anew: for a model that was changed. What was known before counts after."""
+        kept = self.proofs
+        self.proofs = {name: proof for name, proof in kept.items() if name not in ("packed", "staggered")}
+        try:
+            yield
+        finally:
+            self.proofs = kept
+
+    @contextmanager
     def frozen(self) -> Iterator[None]:
         """No weight takes part in gradients inside: a backward pass then costs about a forward one. Restored after."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -315,7 +317,7 @@ class LM:
         """The model's own forward, counted. Arguments it does not know are an error of ours."""
         shape = inputs["input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"].shape
         for meter in self._meters:
-            meter.tokens += shape[0] * shape[1]
+            meter.tokens += shape[0] * (shape[1] + getattr(self.model, "virtual_tokens", 0))
             meter.passes += 1
         return self.model(**inputs)
 
@@ -381,10 +383,3 @@ class LM:
     def before_end(self, ids: Sequence[int]) -> list[int]:
         """The tokens before the first end token."""
         return list(ids[: next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))])
-
-
-def _lasting(config: Any) -> Any:
-    """A configuration without what loading changes, its parts' configurations too."""
-    if not isinstance(config, Mapping):
-        return config
-    return {str(k): _lasting(v) for k, v in config.items() if k not in _VOLATILE}

@@ -6,6 +6,7 @@ up to what a block does.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from taskvec.errors import MissingSite
@@ -81,3 +82,9 @@ def _block(module: nn.Module, n_heads: int) -> Block:
         if hasattr(module, after_attention) and hasattr(module, after_mlp):
             attention, mlp = getattr(module, after_attention), getattr(module, after_mlp)
     return Block(module, attention, mlp, out, head_width)
+
+
+def linear_part(module: nn.Module, x: Tensor) -> Tensor:
+    """What an affine module (plain, Conv1D, quantised, LoRA-wrapped) does to rows `x`, without its bias."""
+    out: Tensor = module(x) - module(torch.zeros_like(x[:1]))
+    return out

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints, runtime_checkable
 
 from taskvec.errors import InputError, UnknownName
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from taskvec.evaluate import Condition
     from taskvec.lm import LM
     from taskvec.tasks import Dev, Train
+    from taskvec.vector import TaskVector, VectorSource
 
 METHODS = {
     "zero-shot": "taskvec.methods.prompted:ZeroShot",
@@ -27,7 +29,20 @@ METHODS = {
     "hendel": "taskvec.methods.hendel:HendelTaskVector",
     "linear": "taskvec.methods.linear:LinearTaskVector",
     "learned": "taskvec.methods.learned:LearnedTaskVector",
+    "function-vector": "taskvec.methods.function_vector:FunctionVector",
+    "learnable": "taskvec.methods.learnable:LearnableTaskVector",
+    "state-vector": "taskvec.methods.state_vector:StateVector",
+    "i2cl": "taskvec.methods.i2cl:I2CL",
+    "icv": "taskvec.methods.icv:InContextVector",
+    "elicit": "taskvec.methods.elicit:Elicit",
+    "lora": "taskvec.methods.lora:LoRA",
+    "prefix-tuning": "taskvec.methods.prefix_tuning:PrefixTuning",
+    "prompt-tuning": "taskvec.methods.prompt_tuning:PromptTuning",
+    "linear-probe": "taskvec.methods.linear_probe:LinearProbe",
+    "calibration": "taskvec.methods.calibration:Calibration",
 }
+MARKS = {"elicit": "taskvec_library.json"}
+"""The file by which a method's saved source is known."""
 CONTROLS = ("zero-shot", "few-shot", "mean-difference", "random")
 """What stands in every table. `random` is no method: it is made from the vector it is matched to."""
 
@@ -58,6 +73,34 @@ def get(name: str) -> type[Any]:
     module, _, attribute = target.partition(":")
     method: type[Any] = getattr(import_module(module), attribute)
     return method
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What a method is, as plain JSON values: its name, paper, default sites and ops; whether it needs a task with
+    labels, and gradients. What a third party's method does not say is None."""
+    method = None if name == "random" else get(name)
+    if method is None:
+        return {
+            "name": name,
+            "paper": None,
+            "sites": [],
+            "ops": ["add"],
+            "needs_labels": False,
+            "needs_gradients": False,
+        }
+    said = {key: getattr(method, key, None) for key in ("cites", "sites", "ops", "needs_labels", "needs_gradients")}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
+    return {"name": name, "paper": plain.pop("cites"), **plain}
+
+
+def load(folder: "str | Path") -> "TaskVector | VectorSource":
+    """What was saved in a folder: a vector, or a source of some method (it has a file that names the method)."""
+    from taskvec.vector import TaskVector
+
+    for name, mark in MARKS.items():
+        if (Path(folder) / mark).is_file():
+            return get(name).source.from_pretrained(folder)  # type: ignore[no-any-return]
+    return TaskVector.from_pretrained(folder)
 
 
 def make(name: str, settings: dict[str, str] | None = None) -> Method:

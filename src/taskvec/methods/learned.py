@@ -1,21 +1,28 @@
 """Learned task vector (Yang, Cho, Ding, Inoue, arXiv 2509.24169): a vector trained by gradient, the model frozen.
 
+**Idea.** Do not read the vector out of few-shot states: train it, on bare queries, from the answers.
+
+**Formula.**
+
     min over theta of E[ -log p(answer | query, theta at layers L and positions P) ]          (eq. 3)
 
 One theta per layer and position, added to the residual stream; multi-token answers by the mean over their tokens.
 
-Each step is a replay: the prompts up to their first edited token are run once for the whole fit, a step costs the
-edited tokens and the answers. A sweep over layers is one run: one position per (prompt, layer); after each look at dev
-the worse half of the layers goes, until one is left.
+**Cost.** Each step is a replay: the prompts up to their first edited token are run once for the whole fit, a step
+costs the edited tokens and the answers. A sweep over layers is one run: one position per (prompt, layer); after each
+look at dev the worse half of the layers goes, until one is left.
 
-Where we differ, on purpose: the whole answer *with its terminator* is trained (else the vector does not know when to
+**Where we differ.** The whole answer *with its terminator* is trained (else the vector does not know when to
 stop); `resid[l]` is the output of block l (the released code adds to its input); the learning rate is 0.01 x the rms
 of the site by default, because one number cannot serve residual streams whose scale differs by orders of magnitude
 (`LearnedTaskVector. paper()` and `.code()` are the published 1e-3 and 5e-3); zero init; layer and early stop on dev,
-which is not test.
+which is not test; the released schedule (its denominator was never reached) is left out.
+
+**When to use it.** First: on word tasks it comes closest to few-shot, with as many gold answers as `queries` and
+`n_dev` say; `target = few-shot` needs none beyond the demonstrations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -23,10 +30,11 @@ import torch
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, at_least_one, encode_answers, single
+from taskvec.evaluate import Fitting, Lessons, at_least_one, distilled, encode_answers, single
 from taskvec.lm import LM
 from taskvec.progress import track
-from taskvec.replay import Packed, Plain, Trial, replay
+from taskvec.prompts import Example
+from taskvec.replay import Ask
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Split, Train
 from taskvec.vector import Add, Edit, TaskVector, Where
@@ -40,6 +48,8 @@ class LearnedTaskVector:
       time.
     - `positions`: tokens counted from the prompt's end.
     - `prompt`: train and use it on zero-shot prompts, or on top of the few-shot prompt.
+    - `target`: the gold answer, or what the few-shot prompt predicts at every token (distillation: no labels but the
+      demonstrations').
     - `lr`: AdamW's learning rate; None: `lr_rms` x the root mean square of the site's clean activations.
     - `steps`, `batch`: at most so many steps over so many prompts each; `queries`: training examples at most.
     - `check`: steps between looks at dev; `patience`: looks without a lower dev loss before it stops.
@@ -47,10 +57,16 @@ class LearnedTaskVector:
     """
 
     name: ClassVar[str] = "learned"
+    cites: ClassVar[str] = "arXiv 2509.24169"
+    sites: ClassVar[tuple[str, ...]] = ("resid",)
+    ops: ClassVar[tuple[str, ...]] = ("add",)
+    needs_labels: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = True
     layer: int | tuple[int, ...] | None = None
     sweep: int = 6
     positions: tuple[int, ...] = (-1,)
     prompt: Literal["zero-shot", "few-shot"] = "zero-shot"
+    target: Literal["gold", "few-shot"] = "gold"
     lr: float | None = None
     lr_rms: float = 0.01
     steps: int = 120
@@ -79,24 +95,43 @@ class LearnedTaskVector:
         with Fitting.of(lm, self, train, seed=seed) as fitting, lm.frozen():
             shown = fitting.demos if self.prompt == "few-shot" else ()
             examples = train.queries(fitting.demos, self.queries, seed=seed)
-            kept = replace(dev, examples=dev.examples[: self.n_dev])
-            fitting.labels += len(examples) + len(kept)
-            data = _Data.of(lm, replace(train, examples=examples), shown, self.positions)
-            looks = _Data.of(lm, kept, shown, self.positions)
+            kept = dev.examples[: self.n_dev]
+            self._count(fitting, len(examples), len(kept))
+            lessons = self._lessons(fitting, replace(train, examples=examples), shown)
+            looks = self._lessons(fitting, replace(dev, examples=kept), shown)
             generator = torch.Generator().manual_seed(seed)
             scale = self._rates(fitting, examples, shown)
             runs = [_Run(self, lm, layers, scale, generator) for layers in self._candidates(lm)]
             for step in track(range(1, self.steps + 1), "learned", self.steps):
                 picked = torch.randperm(len(examples), generator=generator)[: self.batch].tolist()
-                data.descend(runs, picked)
+                _descend(lessons, runs, picked)
                 if step % self.check == 0 or step == self.steps:
-                    runs = _survivors(runs, looks.losses(runs))
+                    runs = _survivors(runs, looks.mean_losses([run.vector for run in runs]))
                 if all(run.misses >= self.patience for run in runs):
                     break
             best = min(runs, key=lambda run: run.best_loss)
             if best.best_loss == float("inf"):
                 raise InputError("a learning rate that trains", f"no finite dev loss with {self}", "lower learned.lr")
-            return TaskVector(best.best.edits, fitting.origin(prompt=self.prompt))
+            found = {"layers": sorted({layer for layer, _ in best.places}), "steps": step, "dev_loss": best.best_loss}
+            return TaskVector(best.best.edits, fitting.origin(prompt=self.prompt, found=found))
+
+    def _count(self, fitting: Fitting, trained: int, looked: int) -> None:
+        """Gold labels read; with the few-shot model as teacher the same inputs count as unlabelled queries."""
+        if self.target == "gold":
+            fitting.labels += trained + looked
+        else:
+            fitting.queries += trained + looked
+
+    def _lessons(self, fitting: Fitting, split: Split, shown: Sequence[Example]) -> Lessons:
+        lm, spec = fitting.lm, split.spec
+        prompts = [lm.encode(spec.format.prompt(example.input, shown)) for example in split.examples]
+        starts = [max(0, p.prompt_length + min(self.positions)) for p in prompts]
+        golds, _, longest = encode_answers(lm, split, shown)
+        if self.target == "gold":
+            return Lessons.of(lm, prompts, golds, spec.loss, starts=starts)
+        teachers = [lm.encode(spec.format.prompt(example.input, fitting.demos)) for example in split.examples]
+        ask = Ask(max_new=longest, done=lambda _, text: spec.format.terminator in text)
+        return distilled(lm, prompts, teachers, ask, starts=starts)
 
     def _check(self, lm: LM) -> None:
         at_least_one(self, "sweep", "steps", "batch", "queries", "check", "n_dev")
@@ -106,7 +141,13 @@ class LearnedTaskVector:
             raise InputError(
                 "positions counted from the prompt's end (-1 is the last token)", str(self.positions), "mend them"
             )
+        if self.prompt == self.target:
+            raise InputError(
+                "a student that differs from its teacher", "learned.prompt = learned.target = few-shot", "change one"
+            )
         for layers in self._candidates(lm):
+            if len(set(layers)) < len(layers):
+                raise InputError("each layer once", f"learned.layer = {layers}", "mend it")
             for layer in layers:
                 lm.point(Site("resid", layer))
 
@@ -170,46 +211,13 @@ class _Run:
             self.best = self._vector([t.detach().cpu().clone() for t in self.thetas])
 
 
-@dataclass(frozen=True, eq=False)
-class _Data:
-    """A split's prompts in an engine, and its answers' tokens."""
-
-    engine: Packed | Plain
-    targets: tuple[tuple[int, ...], ...]
-    loss: Any
-    device: torch.device
-
-    @classmethod
-    def of(cls, lm: LM, split: Split, shown: Sequence[Any], positions: Sequence[int]) -> "_Data":
-        prompts = [lm.encode(split.spec.format.prompt(example.input, shown)) for example in split.examples]
-        starts = [max(0, p.prompt_length + min(positions)) for p in prompts]
-        targets, _, _ = encode_answers(lm, split, shown)
-        return cls(replay(lm, prompts, starts=starts, keep=True), targets, split.spec.loss, lm.device)
-
-    def descend(self, runs: Sequence[_Run], picked: Sequence[int]) -> None:
-        """One step of every run on the same prompts. Their losses add up; no theta appears in another's."""
-        for run in runs:
-            run.optimizer.zero_grad()
-        with torch.enable_grad():
-            for _, losses in self._losses(runs, picked):
-                (torch.stack(losses).sum() / len(picked)).backward()  # type: ignore[no-untyped-call]
-        for run in runs:
-            run.optimizer.step()
-
-    @torch.no_grad()
-    def losses(self, runs: Sequence[_Run]) -> list[float]:
-        """Each run's mean loss."""
-        sums = [0.0] * len(runs)
-        for numbers, losses in self._losses(runs, range(len(self.targets))):
-            for i, loss in zip(numbers, losses, strict=True):
-                sums[i // len(self.targets)] += float(loss)
-        return [total / len(self.targets) for total in sums]
-
-    def _losses(self, runs: Sequence[_Run], picked: Sequence[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        trials = [Trial(i, run.vector, self.targets[i][:-1]) for run in runs for i in picked]
-        for numbers, logits in self.engine.batches(trials):
-            targets = [torch.tensor(self.targets[trials[n].prompt], device=self.device) for n in numbers]
-            yield numbers, [self.loss(out, target) for out, target in zip(logits, targets, strict=True)]
+def _descend(lessons: Lessons, runs: Sequence[_Run], picked: Sequence[int]) -> None:
+    """One step of every run on the same prompts."""
+    for run in runs:
+        run.optimizer.zero_grad()
+    lessons.descend([run.vector for run in runs], picked)
+    for run in runs:
+        run.optimizer.step()
 
 
 def _survivors(runs: list[_Run], losses: Sequence[float]) -> list[_Run]:

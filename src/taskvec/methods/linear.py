@@ -1,32 +1,47 @@
 """Linear task vector (Kwon, Choi, Sohn, arXiv 2605.20730): a closed-form ridge map from zero-shot to few-shot states.
 
-Shapes: N queries, d width of the site. Rows are queries here (the paper writes columns).
+**Idea.** A task vector should make the zero-shot model predict what the few-shot model predicts. Collect states of
+unlabelled queries with and without the demonstrations, and fit one ridge map from the zero-shot state to the
+difference. The vector W h(x) depends on the query.
+
+**Formula.** Shapes: N queries, d width of the site. Rows are queries here (the paper writes columns).
 
     H = zero-shot states (N, d)      Y = few-shot states - H (N, d)      G = H H' (N, N)
     W = argmin |Y - H W'|^2 + lam |W|^2        W h = (h H') A,   A = (G + lam I)^-1 Y        (dual form, float64)
 
-and h + W h replaces h at the same site. The vector depends on the query; no gradient, no labels beyond the
-demonstrations', no layer search.
+and h + W h replaces h at the same site.
 
-Where we differ, on purpose: fitted and applied at one site, `lm_head_in` (the released code fits after the final norm
-and adds before it); the factors H and A are kept instead of W, so that a vector has 2 N d numbers; the solve is
-float64.
+**Where we differ.** Fitted and applied at one site, `lm_head_in` (the released code fits after the final norm and
+adds before it). The factors H and A are kept instead of W: 2 N d numbers; with `labels_only` W is cut down to what
+the labels see, 2 K d numbers for K labels. The solve is float64. `ridge = loo` chooses lam by closed-form
+leave-one-out on the queries, `intercept` centres both sides; the paper has neither. `found` reports lam, the
+effective degrees of freedom tr(G (G + lam I)^-1), and lam over the mean squared norm of h.
+
+**Cost.** Two prompts a query, one of them behind the demonstrations, and one N x N solve. No gradient, no labels beyond
+the demonstrations', no search over layers.
+
+**When to use it.** On tasks with labels, to come close to the few-shot distribution. Its teacher caps it: where
+few-shot is wrong, so is it. It edits the answer's first token only, unless `where = each_last`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, at_least_one, single
+from taskvec.evaluate import Fitting, at_least_one, need_labels, single
+from taskvec.evaluate.observe import first_tokens
 from taskvec.lm import LM
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
 from taskvec.vector import Affine, Edit, TaskVector, Where
+
+RIDGES = tuple(10.0**e for e in range(-4, 5))
+"""Candidates of leave-one-out, times the mean squared norm of the states."""
 
 
 def ridge_dual(h: Float[Tensor, "N d"], y: Float[Tensor, "N d"], ridge: float) -> Float[Tensor, "N d"]:
@@ -37,29 +52,108 @@ def ridge_dual(h: Float[Tensor, "N d"], y: Float[Tensor, "N d"], ridge: float) -
     return coefficients.contiguous()  # it comes column by column, and a saved copy would multiply with other bits
 
 
+def leave_one_out(
+    h: Float[Tensor, "N d"], y: Float[Tensor, "N d"], ridges: Sequence[float], *, intercept: bool = False
+) -> list[float]:
+    """The mean squared leave-one-out error of each ridge, from one eigendecomposition: residual_j / (1 - S_jj) with
+    S = G (G + lam I)^-1, to which an intercept (on centred h and y) adds 1/N."""
+    h, y = h.double(), y.double()
+    values, vectors = torch.linalg.eigh(h @ h.T)
+    values = values.clamp_min(0.0)
+    rotated, out = vectors.T @ y, []
+    for ridge in ridges:
+        shrink = values / (values + ridge)
+        fitted = vectors @ (shrink[:, None] * rotated)
+        leverage = (vectors.square() * shrink).sum(1) + (1 / len(h) if intercept else 0.0)
+        out.append(float(((y - fitted) / (1 - leverage).clamp_min(1e-12)[:, None]).square().sum(1).mean()))
+    return out
+
+
+def degrees_of_freedom(h: Float[Tensor, "N d"], ridge: float) -> float:
+    """tr(G (G + lam I)^-1): how many of the N directions the ridge leaves in use."""
+    values = torch.linalg.eigvalsh(h.double() @ h.double().T).clamp_min(0.0)
+    return float((values / (values + ridge)).sum())
+
+
+def seen_by_labels(op: Affine, rows: Float[Tensor, "K d"]) -> Affine:
+    """The map cut down to what K unembedding rows see: P W and P b with P the projection on their span.
+
+    The labels' logits stay as they are; the map has rank K. Raises `InputError` where rows depend on each other.
+    """
+    rows = rows.double()
+    if int(torch.linalg.matrix_rank(rows)) < len(rows):
+        found = f"{len(rows)} labels whose first tokens have dependent rows"
+        raise InputError(
+            "labels with first tokens of their own, for labels_only", found, "rename labels or switch it off"
+        )
+    back = torch.linalg.pinv(rows).T  # (K, d): U_C back' = I
+    read = (op.write.double() @ rows.T).T @ op.read.double()
+    bias = None if op.bias is None else ((rows @ op.bias.double()) @ back).float()
+    return Affine(read.float().contiguous(), back.float().contiguous(), bias)
+
+
 @dataclass(frozen=True)
 class LinearTaskVector:
-    """`ridge`: lam, in the squared units of the states (paper: 5.0); `queries`: N, unlabelled (paper: 256); `site`:
-    where states are read and edited; `where`: `last_prompt` (the released code) or `each_last` (the paper's appendix
-    A.5)."""
+    """Fields.
+
+    - `ridge`: lam, in the squared units of the states (paper: 5.0), or `loo`: by leave-one-out.
+    - `queries`: N, unlabelled (paper: 256); `site`: where states are read and edited.
+    - `where`: `last_prompt` (the released code) or `each_last` (the paper's appendix A.5).
+    - `intercept`: centre states and differences; `labels_only`: keep what the labels' rows of the head see.
+    """
 
     name: ClassVar[str] = "linear"
-    ridge: float = 5.0
+    cites: ClassVar[str] = "arXiv 2605.20730"
+    sites: ClassVar[tuple[str, ...]] = ("lm_head_in",)
+    ops: ClassVar[tuple[str, ...]] = ("affine",)
+    needs_labels: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
+    ridge: float | Literal["loo"] = 5.0
     queries: int = 256
     site: str = "lm_head_in"
     where: str = "last_prompt"
+    intercept: bool = False
+    labels_only: bool = False
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
         """Two passes over the queries and one solve. Dev is not used."""
-        at_least_one(self, "queries")
-        if not self.ridge > 0:
-            raise InputError("a ridge above 0", f"linear.ridge = {self.ridge}", "raise it")
         train, dev = single(train, dev)
+        self._check(lm, train)
         site, where = Site.parse(self.site), Where.parse(self.where)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             queries = train.queries(fitting.demos, self.queries, seed=seed)
             fitting.queries += len(queries)
             h = fitting.states(queries, [site])[site]
             y = fitting.states(queries, [site], shown=fitting.demos)[site].double() - h.double()
-            op = Affine(read=h, write=ridge_dual(h, y, self.ridge).float())
-            return TaskVector((Edit(site, op, where),), fitting.origin())
+            op, found = self._solved(h, y)
+            if self.labels_only:
+                ids = [tokens[0] for tokens in first_tokens(lm, train)]
+                op = seen_by_labels(op, lm.model.get_output_embeddings().weight[ids].detach().float().cpu())
+            return TaskVector((Edit(site, op, where),), fitting.origin(found=found))
+
+    def _check(self, lm: LM, train: Train) -> None:
+        at_least_one(self, "queries")
+        if self.ridge != "loo" and not 0 < self.ridge < float("inf"):
+            raise InputError("a finite ridge above 0, or loo", f"linear.ridge = {self.ridge}", "mend it")
+        lm.point(Site.parse(self.site))
+        if self.labels_only:
+            need_labels(train.spec, "linear.labels_only")
+            if self.site != "lm_head_in":
+                raise InputError("site = lm_head_in, for labels_only", self.site, "change one of the two")
+
+    def _solved(self, h: Float[Tensor, "N d"], y: Float[Tensor, "N d"]) -> tuple[Affine, dict[str, float]]:
+        """The map, and what it took."""
+        centre, shift = h.double().mean(0), y.mean(0)
+        x, target = (h.double() - centre, y - shift) if self.intercept else (h.double(), y)
+        scale = float(h.double().square().sum(1).mean())
+        ridge = self.ridge
+        if ridge == "loo":
+            ridges = [r * scale for r in RIDGES]
+            errors = leave_one_out(x, target, ridges, intercept=self.intercept)
+            ridge = ridges[errors.index(min(errors))]
+        found = {"ridge": ridge, "degrees_of_freedom": degrees_of_freedom(x, ridge), "ridge_over_norm": ridge / scale}
+        write = ridge_dual(x, target, ridge)
+        if not self.intercept:
+            return Affine(read=h, write=write.float()), found
+        bias = shift - (centre @ x.T) @ write
+        return Affine(read=x.float(), write=write.float(), bias=bias.float()), found

@@ -1,17 +1,25 @@
 """Mean difference: the mean of (few-shot state - zero-shot state), added. The simplest vector, and a control.
 
-theta_s = mean over queries x of h_icl(x) - h_zs(x) at site s and the last prompt token. It is the "Vanilla TV" of the
-Learned TV paper (arXiv 2509.24169) with a mean in place of one query, and at `lm_head_in` the constant-map ablation of
-the Linear TV paper (arXiv 2605.20730, appendix A.7), where it is a constant bias of the logits.
+**Idea.** What demonstrations change in a state, on average over queries. A method that does no better has found no more
+than a constant.
 
-Where we differ: the site is chosen on dev among all layers and `lm_head_in` unless it is named.
+**Formula.** theta_s = mean over queries x of h_icl(x) - h_zs(x) at site s and the last prompt token, added there. It
+is the "Vanilla TV" of the Learned TV paper (arXiv 2509.24169) with a mean in place of one query, and at `lm_head_in`
+the constant-map ablation of the Linear TV paper (arXiv 2605.20730, appendix A.7), where it is a constant bias of the
+logits.
+
+**Where we differ.** The site is chosen on dev among all layers and `lm_head_in` unless it is named.
+
+**Cost.** Two prompts a query, one of them behind the demonstrations, and a replay a site and dev item. No gradient.
+
+**When to use it.** It stands in every table without being asked for.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taskvec.evaluate import Fitting, at_least_one, choose, single
+from taskvec.evaluate import Fitting, at_least_one, pick, single
 from taskvec.lm import LM
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
@@ -24,6 +32,11 @@ class MeanDifference:
     averaged; `n_dev`: dev items the site is chosen on."""
 
     name: ClassVar[str] = "mean-difference"
+    cites: ClassVar[str] = "arXiv 2509.24169, arXiv 2605.20730"
+    sites: ClassVar[tuple[str, ...]] = ("resid", "lm_head_in")
+    ops: ClassVar[tuple[str, ...]] = ("add",)
+    needs_labels: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     site: str | None = None
     queries: int = 64
     n_dev: int = 40
@@ -40,8 +53,6 @@ class MeanDifference:
             zero, few = fitting.states(queries, sites), fitting.states(queries, sites, shown=fitting.demos)
             thetas = [(few[site] - zero[site]).mean(0) for site in sites]
             candidates = [TaskVector((Edit(site, Add(theta)),)) for site, theta in zip(sites, thetas, strict=True)]
-            best = 0
-            if len(candidates) > 1:
-                fitting.labels += len(dev.examples[: self.n_dev])
-                best = choose(lm, dev, candidates, limit=self.n_dev).best
-            return TaskVector(candidates[best].edits, fitting.origin())
+            best, accuracy = pick(fitting, dev, candidates, self.n_dev)
+            found = {"site": str(sites[best]), "dev_accuracy": accuracy}
+            return TaskVector(candidates[best].edits, fitting.origin(found=found))

@@ -128,7 +128,7 @@ class Packed:
     def _chunks(self, trials: Sequence[Trial]) -> Iterator[tuple[Tree, list[int], list[Segment]]]:
         """Trials grove by grove, in passes that fit the budget."""
         by_grove = sorted(range(len(trials)), key=lambda i: self._grove_of[trials[i].prompt])
-        rows = self.budget.rows(self.lm.model.get_input_embeddings().weight.shape[0])
+        rows = self.budget.rows(self.lm.vocabulary)
         for grove, group in groupby(by_grove, key=lambda i: self._grove_of[trials[i].prompt]):
             tree, nodes = self._grove(grove)
             node_of = dict(zip(self._groves[grove], nodes, strict=True))

@@ -82,7 +82,7 @@ def _packing_error(lm: LM, length: int) -> float:
 
     The first tail is as long as the short prefix, so that the second stands far from where it belongs in the pass.
     """
-    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    vocabulary = lm.vocabulary
     second = length + PREFIX
     ids = tuple((37 * i * i + 11 * i + 5) % vocabulary for i in range(second + TAIL))
     prefix, tails = ids[:length], (ids[length:second], ids[second:])

@@ -53,7 +53,7 @@ def staggers(lm: LM) -> bool:
 
 
 def _proof(lm: LM) -> bool:
-    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    vocabulary = lm.vocabulary
     root = Tree(lm).grow([Segment(ROOT, tuple((7 * i + 5) % vocabulary for i in range(8)))]).tree
     generator = torch.Generator().manual_seed(0)
     scale = lm.model.get_input_embeddings().weight.float().std().item()

@@ -3,7 +3,7 @@
 from taskvec.vector.edits import LAST_PROMPT, Edit, Where
 from taskvec.vector.ops import OPS, Add, AddKeepNorm, Affine, Blend, Op, Replace
 from taskvec.vector.origin import Cost, ModelId, Origin
-from taskvec.vector.task_vector import Adapted, TaskVector, VectorSource
+from taskvec.vector.task_vector import Adapted, Predictor, TaskVector, VectorSource
 
 __all__ = [
     "LAST_PROMPT",
@@ -18,6 +18,7 @@ __all__ = [
     "ModelId",
     "Op",
     "Origin",
+    "Predictor",
     "Replace",
     "TaskVector",
     "VectorSource",

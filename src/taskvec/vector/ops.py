@@ -110,16 +110,31 @@ class Affine(Op):
 
 @dataclass(frozen=True, eq=False)
 class AddKeepNorm(Op):
-    """(h + v) scaled back to the norm of h. A zero sum stays zero."""
+    """(h + u) scaled back to the norm of h. A zero sum stays zero.
+
+    u = v where `steer` is 0. Else u = steer s |h| v / |v| with s = 1 + max(0, cos(h, -v)): a share of h's own norm, up
+    to twice as much where h points away from v (ICV, arXiv 2311.06668, as its code does).
+    """
 
     vector: Float[Tensor, " w"]
+    steer: float = 0.0
 
     def apply(self, h: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
-        """(h + v) |h| / |h + v|."""
-        moved = h + like(self.vector, h)
-        norm, new = h.norm(dim=-1, keepdim=True), moved.norm(dim=-1, keepdim=True)
-        kept: Tensor = moved / new.clamp_min(torch.finfo(h.dtype).tiny) * norm  # in this order: norm / tiny is infinite
+        """(h + u) |h| / |h + u|."""
+        norm, tiny = h.norm(dim=-1, keepdim=True), torch.finfo(h.dtype).tiny
+        moved = h + self._toward(h, norm, tiny)
+        new = moved.norm(dim=-1, keepdim=True)
+        kept: Tensor = moved / new.clamp_min(tiny) * norm  # in this order: norm / tiny is infinite
         return kept
+
+    def _toward(self, h: Tensor, norm: Tensor, tiny: float) -> Tensor:
+        v = like(self.vector, h)
+        if self.steer == 0.0:
+            return v
+        unit = v / v.norm().clamp_min(tiny)
+        away = -(h / norm.clamp_min(tiny) * unit).sum(-1, keepdim=True)
+        toward: Tensor = self.steer * (1 + away.clamp_min(0.0)) * norm * unit
+        return toward
 
 
 OPS: dict[str, type[Op]] = {

@@ -57,7 +57,8 @@ class Origin(_Plain):
     """Method, hyper-parameters, model, template, data, seed, demonstrations and cost of one fit.
 
     `prompt` says on which prompts the vector works: `zero-shot`, or `few-shot` behind `demos`. `max_new_tokens` is how
-    long an answer of the task may get, `n_test` how many of the data's items were kept away from the fit.
+    long an answer of the task may get, `n_test` how many of the data's items were kept away from the fit, `found` what
+    the fit chose and measured (its layer, a chosen ridge, degrees of freedom).
     """
 
     method: str
@@ -75,6 +76,7 @@ class Origin(_Plain):
     max_new_tokens: int = 16
     cost: Cost = Cost()
     versions: dict[str, str] = {}
+    found: dict[str, JsonValue] = {}
 
     @property
     def shown(self) -> tuple[Example, ...]:

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,24 @@ class Manifest(_Plain):
 
 def save(vector: TaskVector, folder: Path, *, overwrite: bool = False, card: str | None = None) -> None:
     """Write the folder beside its final place and move it there in one step."""
+    with replacing(folder, overwrite=overwrite, mark=CONFIG) as new:
+        _write(vector, new, card if card is not None else _plain_card(vector))
+
+
+@contextmanager
+def replacing(folder: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when all is written: all or nothing.
+
+    What stands there is replaced only with `overwrite`, and only if it is such a folder (it has the file `mark`).
+    """
     if folder.exists() and not overwrite:
         raise InputError("a new folder", f"{folder} exists", "name another one or pass --overwrite (overwrite=True)")
-    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("a vector folder to overwrite", f"{folder} is something else", "name another one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(vector, new, card if card is not None else _plain_card(vector))
+        yield new
         new.chmod(0o755)
         _move(new, folder)
     finally:

@@ -8,7 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from taskvec.errors import InputError
 from taskvec.sites import Site
+from taskvec.vector import arithmetic
 from taskvec.vector.edits import Edit
 from taskvec.vector.origin import Origin
 
@@ -32,6 +34,42 @@ class TaskVector:
     def scaled(self, strength: float) -> "TaskVector":
         """The same vector with every strength multiplied."""
         return replace(self, edits=tuple(replace(e, strength=e.strength * strength) for e in self.edits))
+
+    def __add__(self, other: "TaskVector") -> "TaskVector":
+        """The vector that does what both do together. Raises `InputError` where an op has no sum, `VectorMismatch`
+        where they belong to different models, templates or prompts."""
+        return TaskVector(
+            arithmetic.total(self.edits + other.edits), arithmetic.joint([self.origin, other.origin], "sum")
+        )
+
+    def __neg__(self) -> "TaskVector":
+        """The vector that undoes it: only `add` and `affine` have one."""
+        arithmetic.total(self.edits)
+        return self.scaled(-1.0)
+
+    def __sub__(self, other: "TaskVector") -> "TaskVector":
+        """The sum with the other's negative."""
+        return self + -other
+
+    def __mul__(self, strength: float) -> "TaskVector":
+        """The same as `scaled`."""
+        return self.scaled(strength)
+
+    __rmul__ = __mul__
+
+    def then(self, *others: "TaskVector") -> "TaskVector":
+        """This vector's edits, then the others': for any ops. At one site and token they act in this order."""
+        every = (self, *others)
+        edits = tuple(edit for vector in every for edit in vector.edits)
+        return TaskVector(edits, arithmetic.joint([vector.origin for vector in every], "sequence"))
+
+    @staticmethod
+    def mean(vectors: "Sequence[TaskVector]") -> "TaskVector":
+        """The mean of several vectors. Raises `InputError` where their ops have none."""
+        if not vectors:
+            raise InputError("at least one vector", "none", "pass some")
+        edits = arithmetic.mean([vector.edits for vector in vectors])
+        return TaskVector(edits, arithmetic.joint([vector.origin for vector in vectors], "mean"))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -69,6 +107,20 @@ class VectorSource(Protocol):
 
     def vectors(self, lm: Any, prompts: Sequence[Any]) -> list[TaskVector | None]:
         """One vector (or None) for each encoded prompt (`taskvec.lm.Encoded`)."""
+        ...
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What a rival that only chooses among the labels returns (a probe, a calibration): no edit, no generated text."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where it comes from, as for a vector."""
+        ...
+
+    def label_logprobs(self, lm: Any, prompts: Sequence[Any]) -> Tensor:
+        """(n, K): the log-probability of each of the task's labels behind each encoded prompt."""
         ...
 
 

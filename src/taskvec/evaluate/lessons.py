@@ -1,0 +1,94 @@
+"""What every trained method shares: prompts in an engine, and the answers they are trained towards.
+
+Each step is a replay with gradients: prompts up to their first edited token are run once for the whole fit; a step
+costs the edited tokens and the answers. Shapes: t answer tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taskvec.evaluate.metrics import kl
+from taskvec.lm import LM, Encoded
+from taskvec.replay import Ask, Packed, Plain, Trial, replay
+from taskvec.vector import TaskVector
+
+Targets = Sequence[tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Lessons:
+    """Prompts (from their token `starts[i]` on a vector may edit), answers, and what is wrong with an answer's logits.
+
+    `loss(i, logits (t, V), answer (t,))` is a scalar for prompt i, lower is better.
+    """
+
+    engine: Packed | Plain
+    targets: Targets
+    loss: Callable[[int, Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        lm: LM,
+        prompts: Sequence[Encoded],
+        targets: Targets,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        starts: Sequence[int] | None = None,
+    ) -> "Lessons":
+        """Teacher forcing with a task's own loss."""
+        engine = replay(lm, prompts, starts=starts, keep=True)
+        return cls(engine, tuple(targets), lambda _, logits, answer: loss(logits, answer))
+
+    def descend(self, vectors: Sequence[TaskVector], picked: Sequence[int]) -> float:
+        """Gradients of every vector's mean loss over the `picked` prompts, in one backward pass. Their losses add up:
+        no parameter of one appears in another's. Returns the sum."""
+        total = 0.0
+        with torch.enable_grad():
+            for _, losses in self._losses(vectors, picked):
+                loss = torch.stack(losses).sum() / len(picked)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+        return total
+
+    @torch.no_grad()
+    def mean_losses(self, vectors: Sequence[TaskVector]) -> list[float]:
+        """Each vector's mean loss over all prompts."""
+        sums, n = [0.0] * len(vectors), len(self.targets)
+        for numbers, losses in self._losses(vectors, range(n)):
+            for i, loss in zip(numbers, losses, strict=True):
+                sums[i // n] += float(loss)
+        return [total / n for total in sums]
+
+    def _losses(self, vectors: Sequence[TaskVector], picked: Sequence[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        trials = [Trial(i, vector, self.targets[i][:-1]) for vector in vectors for i in picked]
+        for numbers, logits in self.engine.batches(trials):
+            device = self.engine.lm.device
+            prompts = [trials[n].prompt for n in numbers]
+            answers = [torch.tensor(self.targets[i], device=device) for i in prompts]
+            yield numbers, [self.loss(*item) for item in zip(prompts, logits, answers, strict=True)]
+
+
+@torch.no_grad()
+def distilled(
+    lm: LM, students: Sequence[Encoded], teachers: Sequence[Encoded], ask: Ask, *, starts: Sequence[int] | None = None
+) -> Lessons:
+    """Lessons without labels: towards the teacher prompts' greedy answers and their distributions at every token.
+
+    The loss is the mean over tokens of KL(teacher || student), in nats. The teacher's n x t x V logits are kept
+    (float32, on the CPU): lower the number of queries where that is too much.
+    """
+    engine = replay(lm, teachers)
+    answers = engine.answer([Trial(i) for i in range(len(teachers))], ask).tokens
+    targets = [tuple(answer) or (min(lm.end_ids, default=0),) for answer in answers]
+    references: dict[int, Tensor] = {}
+    for numbers, logits in engine.batches([Trial(i, None, target[:-1]) for i, target in enumerate(targets)]):
+        references |= dict(zip(numbers, (out.float().cpu() for out in logits), strict=True))
+
+    def loss(i: int, logits: Tensor, _: Tensor) -> Tensor:
+        return kl(references[i].to(logits.device), logits).mean()
+
+    return Lessons(replay(lm, students, starts=starts, keep=True), tuple(targets), loss)

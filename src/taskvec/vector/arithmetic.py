@@ -1,0 +1,107 @@
+"""Sums, differences, multiples and means of task vectors, where their ops have them; and one after the other.
+
+A vector of `add` and `affine` edits is a map h -> h + f(h), so it has sums and multiples: edits at the same site and
+tokens melt into one. `replace`, `blend` and `add-keep-norm` set what h becomes: they have no sum (of `replace`, and of
+`blend` with equal scalars, a mean). What has no sum can still act one after the other: `then`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taskvec.errors import InputError, VectorMismatch
+from taskvec.vector.edits import Edit
+from taskvec.vector.ops import Add, Affine, Blend, Op, Replace
+from taskvec.vector.origin import Origin
+
+LINEAR = (Add, Affine)
+
+
+def total(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The sum of `add` and `affine` edits: one for each site and place. Raises `InputError` for any other op."""
+    for edit in edits:
+        if not isinstance(edit.op, LINEAR):
+            raise _no_sum(edit.op)
+    groups: dict[tuple[Any, Any], list[Edit]] = {}
+    for edit in edits:
+        groups.setdefault((edit.site, edit.where), []).append(edit)
+    return tuple(Edit(site, _melted(group), where) for (site, where), group in groups.items())
+
+
+def mean(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
+    """The mean of several vectors' edits. Vectors that replace or blend must do so at the same places, alike."""
+    if all(isinstance(edit.op, LINEAR) for edits in rows for edit in edits):
+        return total([replace(edit, strength=edit.strength / len(rows)) for edits in rows for edit in edits])
+    out = []
+    for alike in zip(*rows, strict=False):
+        first = alike[0]
+        key = _key(first)
+        if any(_key(edit) != key for edit in alike) or len({len(edits) for edits in rows}) > 1:
+            raise InputError(
+                "vectors that edit alike, to average", f"{key} beside others", "average vectors of one kind"
+            )
+        if not isinstance(first.op, Replace | Blend):
+            raise _no_sum(first.op)
+        middle = torch.stack([edit.op.tensors()["vector"].float() for edit in alike]).mean(0)
+        out.append(replace(first, op=replace(first.op, vector=middle)))
+    return tuple(out)
+
+
+def joint(origins: Sequence[Origin | None], name: str) -> Origin | None:
+    """The origin of vectors put together: it keeps what they have in common, and refuses what they may not differ in.
+
+    None where one has none. Raises `VectorMismatch` for vectors of different models, templates or prompts.
+    """
+    known = [origin for origin in origins if origin is not None]
+    if len(known) < len(origins) or not known:
+        return None
+    first = known[0]
+    for other in known[1:]:
+        for what, one, two in (
+            ("model", first.model.fingerprint, other.model.fingerprint),
+            ("template", first.format.hash, other.format.hash),
+            ("prompt", (first.prompt, first.shown), (other.prompt, other.shown)),
+        ):
+            if one != two:
+                found = f"vectors of {first.task} and {other.task} that differ in it"
+                raise VectorMismatch(f"one {what} for vectors put together", found, "combine vectors of one kind")
+    parts = [{"method": o.method, "task": o.task, "seed": o.seed, "data_hash": o.data_hash} for o in known]
+    same = len({o.data_hash for o in known}) == 1
+    cost = {field: sum(getattr(o.cost, field) for o in known) for field in type(first.cost).model_fields}
+    return first.model_copy(
+        update={
+            "method": name,
+            "hyperparameters": {"parts": parts},
+            "task": first.task if same else " + ".join(dict.fromkeys(o.task for o in known)),
+            "data_hash": first.data_hash if same else "",
+            "n_test": min(o.n_test for o in known),
+            "labels": first.labels if len({o.labels for o in known}) == 1 else None,
+            "max_new_tokens": max(o.max_new_tokens for o in known),
+            "cost": type(first.cost)(**cost),
+            "found": {},
+        }
+    )
+
+
+def _melted(group: Sequence[Edit]) -> Op:
+    """One op that does what the group's do together."""
+    adds = [edit.strength * edit.op.vector.float() for edit in group if isinstance(edit.op, Add)]
+    affine = [(edit.strength, edit.op) for edit in group if isinstance(edit.op, Affine)]
+    if not affine:
+        return Add(torch.stack(adds).sum(0))
+    shifts = adds + [strength * op.bias.float() for strength, op in affine if op.bias is not None]
+    bias: Tensor | None = torch.stack(shifts).sum(0) if shifts else None
+    read = torch.cat([op.read for _, op in affine])
+    return Affine(read, torch.cat([strength * op.write for strength, op in affine]), bias)
+
+
+def _key(edit: Edit) -> tuple[Any, ...]:
+    return str(edit.site), type(edit.op).__name__, str(edit.where), edit.strength, tuple(edit.op.numbers().items())
+
+
+def _no_sum(op: Op) -> InputError:
+    found = type(op).__name__
+    return InputError("ops that add up: add or affine", found, "inject one after the other: first.then(second)")
