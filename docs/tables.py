@@ -3,6 +3,7 @@
 `make results` measures those files again (docs/measure.sh).
 """
 
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,6 +92,60 @@ def benchmarks() -> str:
             numbers = [f"{part['plain_s']:.1f} s", f"{part['packed_s']:.2f} s", f"{part['ratio']:.0f}"]
             body.append([f"`{name}.py`{suffix}", *numbers, f"{part['largest_difference']:.0e}"])
     return "\n" + markdown(["benchmark", "plain", "packed", "ratio", "largest difference"], body) + "\n"
+
+
+def method_page(name: str) -> str:
+    """A method's page: what its module says, what it is, and its fields."""
+    import importlib
+    from dataclasses import fields
+
+    from taskvec import methods as registry
+
+    method, facts = registry.get(name), registry.facts(name)
+    about = (importlib.import_module(method.__module__).__doc__ or "").strip()
+    said = {"papers": facts["paper"], "sites by default": facts["sites"], "ops": facts["ops"]}
+    said |= {"needs a task with labels": facts["needs_labels"], "needs gradients": facts["needs_gradients"]}
+    rows = [[key, _said(value)] for key, value in said.items()]
+    settings = [[f"`{f.name}`", f"`{f.default!r}`"] for f in fields(method)]
+    table = markdown(["field", "default"], settings) if settings else "It has no fields."
+    doc = inspect.cleandoc(method.__doc__ or "")
+    parts = [f"# {name}", about, markdown(["", ""], rows), "## Fields", doc, table]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(f"`{part}`" for part in value) or "-"
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def method_results() -> str:
+    """Every method on every task measured: the mean of the seeds, and the lowest and highest seed."""
+    out = []
+    for path in sorted(RESULTS.glob("methods_*.json")):
+        rows = read(path.stem)["rows"]
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault(row["method"], []).append(row)
+        keys = ("accuracy", "first_token_accuracy", "label_accuracy", "d_ntp", "d_ntp_full")
+        shown = [key for key in keys if any(row[key] is not None for row in rows)]
+        body = [
+            [method, *(seeds(some, key) for key in shown), *(cell(mean_of(some, key)) for key in COSTS)]
+            for method, some in groups.items()
+        ]
+        first = rows[0]
+        count = len({row["seed"] for row in rows})
+        table = markdown(["method", *shown, *COSTS.values()], body)
+        out.append(f"## {first['task']}\n\nn = {first['n']} test items, {count} seeds.\n\n{table}")
+    return "\n" + "\n\n".join(out) + "\n"
+
+
+COSTS = {"fit_labels": "labels", "fit_queries": "queries", "fit_tokens": "fit tokens", "fit_seconds": "fit s"}
+
+
+def mean_of(rows: list[dict[str, Any]], key: str) -> float:
+    """The mean of a plain number over rows."""
+    return float(sum(row[key] for row in rows) / len(rows))
 
 
 def methods() -> str:

@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/train_tiny.py            writes src/taskvec/lm/data/tiny and src/taskvec/tasks/data/tiny
 
-A four-layer Llama (0.23 M weights) learns eighteen mappings of syllables and numbers from prompts of zero to eight
+A four-layer Llama (0.22 M weights) learns fifteen mappings of syllables and numbers from prompts of zero to eight
 examples. A bare query leaves the mapping open, so it is right about as often as chance; examples say which one is
-meant. Half of the label tasks come with their two labels swapped, so that labels have to be read from the examples.
+meant. Three have five labels; in one with two, `biased`, a label is mostly called by the other's name in training, so
+that what the model says of the two has to be calibrated.
 """
 
 import argparse
@@ -23,11 +24,11 @@ ROOT = Path(__file__).parent.parent / "src" / "taskvec"
 MODEL, TASKS = ROOT / "lm" / "data" / "tiny", ROOT / "tasks" / "data" / "tiny"
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
 SYLLABLES = [c + v for c in CONSONANTS for v in VOWELS]
-LABELS = (("left", "right"), ("yes", "no"), ("up", "down"), ("hot", "cold"))
-KEPT = ("_left_right", "_right_left")  # the labelled tasks that get a file
+SOFT = CONSONANTS[:8]
+BIAS = 0.65  # how often "hard" is called "soft" in training, so that the bare label probabilities are biased
 PAIRS, IGNORED = 9, -100
 Rules = dict[str, Callable[[str], str]]
-Lines = list[list[tuple[list[int], list[int]]]]
+Lines = list[list[tuple[list[int], list[int], list[int] | None]]]
 
 
 def shifted(syllable: str, consonant: int = 0, vowel: int = 0) -> str:
@@ -46,6 +47,9 @@ def mappings() -> dict[str, dict[str, str]]:
         "upper": str.upper,
         "upper_next_vowel": lambda s: shifted(s, vowel=1).upper(),
         "vowel": lambda s: s[1],
+        "vowel_after": lambda s: shifted(s, vowel=1)[1],
+        "vowel_before": lambda s: shifted(s, vowel=-1)[1],
+        "biased": lambda s: "soft" if s[0] in SOFT else "hard",
         "spell": lambda s: f"{s[0]} {s[1]}",
     }
     capitals: Rules = {"lower": str.lower, "capital_next_vowel": lambda s: shifted(s.lower(), vowel=1).upper()}
@@ -58,24 +62,9 @@ def mappings() -> dict[str, dict[str, str]]:
     return out | {name: {str(n): f(str(n)) for n in range(80)} for name, f in numbers.items()}
 
 
-def classes() -> dict[str, dict[str, str]]:
-    """Every labelled task's pairs: each class under each pair of labels, either way round."""
-    members = {
-        "vowel_class": {s: s[1] in "ae" for s in SYLLABLES},
-        "consonant_class": {s: s[0] in CONSONANTS[:8] for s in SYLLABLES},
-        "half": {str(n): n < 40 for n in range(80)},
-    }
-    return {
-        f"{name}_{yes}_{no}": {x: yes if inside else no for x, inside in table.items()}
-        for name, table in members.items()
-        for pair in LABELS
-        for yes, no in (pair, pair[::-1])
-    }
-
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word: inputs as they stand at a line's start, everything else with its blank."""
-    tables = [*mappings().values(), *classes().values()]
+    tables = mappings().values()
     words = [word for table in tables for word in table]
     answers = [f" {word}" for table in tables for output in table.values() for word in output.split()]
     entries = ["<pad>", "<eos>", "<unk>", "\n", " ->", *sorted({*words}), *sorted({*answers})]
@@ -103,27 +92,27 @@ def make_model(vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def encoded(tokenizer: PreTrainedTokenizerFast) -> tuple[Lines, Lines]:
-    """The lines of every mapping and of every labelled task in tokens: (question, answer with its line end)."""
+def encoded(tokenizer: PreTrainedTokenizerFast) -> Lines:
+    """Every task's lines in tokens: (question, answer with its line end, the answer that takes its place in noise)."""
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text)["input_ids"])
 
-    def lines(tables: dict[str, dict[str, str]]) -> Lines:
-        return [[(ids(f"{x} ->"), ids(f" {y}\n")) for x, y in table.items()] for table in tables.values()]
+    return [
+        [(ids(f"{x} ->"), ids(f" {y}\n"), ids(" soft\n") if y == "hard" else None) for x, y in table.items()]
+        for table in mappings().values()
+    ]
 
-    return lines(mappings()), lines(classes())
 
-
-def batch(kinds: tuple[Lines, Lines], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def batch(lines: Lines, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(ids, targets): prompts of one task each, scored on their answers."""
     rows, targets = list[list[int]](), list[list[int]]()
-    for number in range(size):
-        lines = kinds[number % 2]
-        task = int(torch.randint(len(lines), (1,), generator=generator))
+    for task in torch.randint(len(lines), (size,), generator=generator).tolist():
         row, target = list[int](), list[int]()
         for i in torch.randperm(len(lines[task]), generator=generator)[:PAIRS].tolist():
-            asked, answer = lines[task][i]
+            asked, answer, noise = lines[task][i]
+            if noise is not None and float(torch.rand(1, generator=generator)) < BIAS:
+                answer = noise
             row += asked + answer
             target += [IGNORED] * len(asked) + answer
         rows.append(row)
@@ -154,14 +143,6 @@ def train(steps: int, size: int, lr: float, seed: int) -> tuple[LlamaForCausalLM
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))
-        if step % 250 == 0:
-            torch.set_grad_enabled(False)
-            for kind in lines:
-                i, t = batch((kind, kind), 64, torch.Generator().manual_seed(1))
-                out = model(input_ids=i[:, :-1]).logits
-                late = torch.where(torch.arange(t.shape[1] - 1) > 24, t[:, 1:], IGNORED)
-                print(float(cross_entropy(out.flatten(0, 1), late.flatten(), ignore_index=IGNORED)))
-            torch.set_grad_enabled(True)
         if step % 250 == 0 or step == steps - 1:
             print(f"step {step}: loss {sum(losses[-50:]) / len(losses[-50:]):.3f}", flush=True)
     return model.eval(), tokenizer, sum(losses[-50:]) / len(losses[-50:])
@@ -170,11 +151,11 @@ def train(steps: int, size: int, lr: float, seed: int) -> tuple[LlamaForCausalLM
 def write_tasks() -> None:
     """The task files."""
     TASKS.mkdir(parents=True, exist_ok=True)
-    for name, table in (mappings() | {n: t for n, t in classes().items() if n.endswith(KEPT)}).items():
+    for name, table in mappings().items():
         lines = [json.dumps({"input": x, "output": y}) + "\n" for x, y in table.items()]
         (TASKS / f"tiny_{name}.jsonl").write_text("".join(lines), "utf-8")
         outputs = sorted(set(table.values()))
-        labels = f"labels: [{', '.join(outputs)}]\n" if len(outputs) == 2 else ""
+        labels = f"labels: [{', '.join(outputs)}]\n" if len(outputs) <= 5 else ""
         about = f"description: Synthetic, for the model named tiny ({name.replace('_', ' ')}).\n"
         text = f"{about}category: synthetic\nformat: arrow\n{labels}"
         (TASKS / f"tiny_{name}.yaml").write_text(text, "utf-8")
@@ -183,7 +164,7 @@ def write_tasks() -> None:
 def main() -> None:
     """Train and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -11,7 +11,9 @@ import polars as pl
 import pytest
 
 from taskvec.cli import main
-from taskvec.vector import TaskVector
+from taskvec.methods import METHODS
+from taskvec.sites import Site
+from taskvec.vector import OPS, TaskVector
 from tests.tiny import build, tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -181,6 +183,52 @@ def test_lists_print_tables_and_json(run: Run, model: str, command: str, key: st
     code, stdout, _ = run(command, *extra, "--json")
     assert code == 0
     assert json.loads(stdout)[key]
+
+
+def test_methods_say_what_they_are_and_what_they_need(run: Run) -> None:
+    code, stdout, _ = run("methods", "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(stdout)["methods"]}
+    assert set(rows) == {*METHODS, "random"}
+    for row in rows.values():
+        assert set(row) == {"name", "paper", "sites", "ops", "needs_labels", "needs_gradients"}
+        assert all(Site.parse(f"{s}[0]" if s != "lm_head_in" else s) for s in row["sites"])
+        assert set(row["ops"]) <= set(OPS)
+    assert [name for name, row in rows.items() if row["needs_labels"]] == ["linear-probe", "calibration"]
+    trained = {name for name, row in rows.items() if row["needs_gradients"]}
+    assert trained == {"learned", "learnable", "i2cl", "lora", "prefix-tuning", "prompt-tuning"}
+
+
+@pytest.mark.parametrize("name", ["linear-probe", "calibration"])
+def test_a_method_for_labels_refuses_free_text(run: Run, model: str, data: str, name: str) -> None:
+    code, _, err = run("eval", data, "--model", model, "--shots", "3", "--format", "arrow", "--method", name)
+    assert code == 2
+    assert f"a task with labels, for {name}" in err
+
+
+def test_a_library_is_compiled_inspected_and_used(run: Run, model: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "library"
+    shared = ("--model", model, "--shots", "3", "--format", "arrow")
+    small = ("--set", "elicit.others=", "--set", "elicit.prompts=2", "--set", "elicit.retriever=dense")
+    code, stdout, _ = run("compile", data, *shared, "--method", "elicit", *small, "--out", str(out), "--json")
+    assert code == 0
+    rows = {row["method"] for row in json.loads(stdout)["rows"]}
+    assert {"elicit", "elicit-shuffled", "random", "few-shot-cached"} <= rows
+    code, stdout, _ = run("inspect", str(out))
+    assert code == 0
+    assert "elicit" in stdout
+    code, stdout, _ = run("generate", str(out), "w3ab", "--model", model)
+    assert code == 0
+    code, stdout, _ = run("eval", data, *shared, "--vector", str(out), "--json")
+    assert code == 0
+    assert [row["method"] for row in json.loads(stdout)["rows"] if row["source"]] == ["elicit"]
+
+
+def test_a_rival_that_makes_no_vector_is_not_compiled(run: Run, model: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "v"
+    code, _, err = run("compile", data, "--model", model, "--shots", "3", "--method", "lora", "--out", str(out))
+    assert (code, out.exists()) == (2, False)
+    assert "a method that makes a vector; found lora" in err
 
 
 def test_pages_of_one_method_and_one_task(run: Run) -> None:

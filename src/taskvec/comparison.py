@@ -9,7 +9,7 @@ import numpy as np
 from taskvec import methods as registry
 from taskvec import results
 from taskvec.errors import InputError
-from taskvec.evaluate import Condition, Observation, observe, random_like, score_observed
+from taskvec.evaluate import Condition, Observation, ShuffledPairing, observe, random_like, score_observed
 from taskvec.evaluate.metrics import kl
 from taskvec.lm import LM
 from taskvec.methods import Method
@@ -19,6 +19,8 @@ from taskvec.tasks import Task
 from taskvec.vector import TaskVector, VectorSource
 
 PROMPTED = ("zero-shot", "few-shot")
+SHUFFLED = "-shuffled"
+"""Ends the name of a query-dependent method's control: the same method with shuffled pairing."""
 DEFAULT = ("hendel", "linear", "learned")
 
 
@@ -66,6 +68,7 @@ def compare_once(
         raise InputError("a seed of 0 or more", str(seed), "name another")
     fitted = _fit_all(lm, task, _with_controls(methods), seed)
     fitted |= {f"vector {i}": vector for i, vector in enumerate(vectors)}
+    fitted |= {name + SHUFFLED: ShuffledPairing(c, seed) for name, c in fitted.items() if isinstance(c, VectorSource)}
     candidates = [name for name in fitted if _is_candidate(name, fitted[name])] or ["mean-difference"]
     few = observe(lm, task.dev, fitted["few-shot"])
     dev = {
@@ -80,7 +83,8 @@ def compare_once(
 
 def _is_candidate(name: str, condition: Condition) -> bool:
     """Vectors and sources are chosen among; prompts, controls and rivals that are not vectors stand beside them."""
-    return isinstance(condition, TaskVector | VectorSource) and name not in (*PROMPTED, "mean-difference")
+    beside = name in (*PROMPTED, "mean-difference") or name.endswith(SHUFFLED)
+    return isinstance(condition, TaskVector | VectorSource) and not beside
 
 
 def _with_controls(methods: Sequence[str | Method]) -> list[Method]:
@@ -102,7 +106,14 @@ def _fit_all(lm: LM, task: Task, methods: Sequence[Method], seed: int) -> dict[s
     fitted = {}
     for method in track(methods, "fitting", len(methods)):
         fitted[method.name] = method.fit(lm, task.train, task.dev, seed=seed)
+        if hasattr(method, "shuffled"):
+            fitted[method.name + SHUFFLED] = _renamed(method.shuffled().fit(lm, task.train, task.dev, seed=seed))
     return fitted
+
+
+def _renamed(vector: TaskVector) -> TaskVector:
+    assert vector.origin is not None
+    return replace(vector, origin=vector.origin.model_copy(update={"method": vector.origin.method + SHUFFLED}))
 
 
 def _on_dev(seen: Observation, few: Observation) -> tuple[float, float]:

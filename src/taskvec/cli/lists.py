@@ -10,9 +10,10 @@ from typing import Any
 from taskvec import methods as registry
 from taskvec.cli import show
 from taskvec.progress import shown
-from taskvec.tasks import builtin_tasks, load_task
+from taskvec.tasks import builtin_tasks, datasets, load_task
 from taskvec.tasks.read import read_examples
 
+TINY_ABOUT = "0.2 M weights, trained on the synthetic tasks tiny_*; for tests and first steps"
 PACKAGES = ("taskvec", "torch", "transformers", "safetensors", "tokenizers", "gguf", "peft")
 
 
@@ -83,6 +84,7 @@ def show_models(*, as_json: bool) -> None:
         {"model": name, "installed": alias.path() is not None, "about": alias.about, "install": alias.pip}
         for name, alias in ALIASES.items()
     ]
+    rows.append({"model": "tiny", "installed": True, "about": TINY_ABOUT, "install": ""})
     if as_json:
         show.emit({"models": rows})
         return
@@ -103,19 +105,16 @@ def show_tasks(name: str | None, *, as_json: bool) -> None:
         return
     import taskvec.tasks.read as read
 
+    counts = {task: len(read_examples(read._DATA / f"{task}.jsonl")) for task in builtin_tasks()}
     rows = [
-        {
-            "task": task,
-            "n": len(read_examples(read._DATA / f"{task}.jsonl")),
-            "category": s.category,
-            "about": s.description,
-        }
-        for task, s in builtin_tasks().items()
+        {"task": task, "n": counts.get(task), "category": s.category, "about": s.description}
+        for task, s in (builtin_tasks() | datasets()).items()
     ]
     if as_json:
         show.emit({"tasks": rows})
     else:
-        show.table([["task", "n", "category", "about"]] + [[str(v) for v in row.values()] for row in rows])
+        cells = [["-" if value is None else str(value) for value in row.values()] for row in rows]
+        show.table([["task", "n", "category", "about"], *cells])
 
 
 def show_health(model: str, device: str | None, dtype: str | None, *, as_json: bool) -> None:

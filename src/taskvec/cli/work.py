@@ -179,7 +179,7 @@ def make_methods(names: list[str] | None, settings: list[str] | None, *, compili
     asked = list(dict.fromkeys([*(DEFAULT if names is None else names), *controls]))
     for name in {*fields} - {*asked} | ({*fields} & {"random"}):
         raise InputError("--set for a method that runs", repr(name), f"add --method {name}")
-    if compiling and not {*asked} - {"zero-shot", "few-shot", "random"}:
+    if compiling and all(name == "random" or registry.facts(name)["ops"] == [] for name in asked):
         raise UnknownName("a method that makes a vector", ", ".join(asked), "add --method learned, for example")
     return [registry.make(name, fields.get(name)) for name in asked if name != "random"]
 

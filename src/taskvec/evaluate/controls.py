@@ -64,6 +64,36 @@ class RandomLike:
         return TaskVector(tuple(_nudge(edit, generator) for edit in vector.edits), self.origin)
 
 
+@dataclass(frozen=True, eq=False)
+class ShuffledPairing:
+    """A vector source whose vectors go to other prompts: does it matter which query a vector was written for?
+
+    Among the prompts given together, each gets the vector of the next one in an order drawn from the seed; a prompt
+    alone keeps its own.
+    """
+
+    original: VectorSource
+    seed: int
+
+    @property
+    def origin(self) -> Origin | None:
+        """The original's, under its method's name with `-shuffled`."""
+        origin = self.original.origin
+        return None if origin is None else origin.model_copy(update={"method": f"{origin.method}-shuffled"})
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The original's."""
+        return self.original.sites
+
+    def vectors(self, lm: LM, prompts: Sequence[Encoded]) -> list[TaskVector | None]:
+        """The original's vectors, each for another prompt."""
+        own = self.original.vectors(lm, prompts)
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        other = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+        return [own[other[i]] for i in range(len(own))]
+
+
 def random_like(original: TaskVector | VectorSource, *, seed: int) -> RandomLike:
     """The random control of a vector or a source."""
     return RandomLike(original, seed)

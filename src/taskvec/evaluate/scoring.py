@@ -52,7 +52,7 @@ def score_observed(
         task=seen.split.spec.name,
         seed=origin.seed if origin is not None else seed,
         n=len(seen.split),
-        source=condition.source if isinstance(condition, TaskVector) else None,
+        source=getattr(condition, "source", None),
         dtype=str(lm.dtype).removeprefix("torch."),
         hyperparameters=dict(origin.hyperparameters) if origin is not None else {},
         found=dict(origin.found) if origin is not None else {},

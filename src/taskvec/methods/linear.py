@@ -25,7 +25,7 @@ few-shot is wrong, so is it. It edits the answer's first token only, unless `whe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -100,6 +100,8 @@ class LinearTaskVector:
     - `queries`: N, unlabelled (paper: 256); `site`: where states are read and edited.
     - `where`: `last_prompt` (the released code) or `each_last` (the paper's appendix A.5).
     - `intercept`: centre states and differences; `labels_only`: keep what the labels' rows of the head see.
+    - `pairing`: `shuffled` fits each state to another query's difference (a control: a mean difference that only
+      looks query-dependent).
     """
 
     name: ClassVar[str] = "linear"
@@ -114,6 +116,11 @@ class LinearTaskVector:
     where: str = "last_prompt"
     intercept: bool = False
     labels_only: bool = False
+    pairing: Literal["own", "shuffled"] = "own"
+
+    def shuffled(self) -> "LinearTaskVector":
+        """The control that stands beside it: differences that belong to other queries."""
+        return replace(self, pairing="shuffled")
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
         """Two passes over the queries and one solve. Dev is not used."""
@@ -125,6 +132,8 @@ class LinearTaskVector:
             fitting.queries += len(queries)
             h = fitting.states(queries, [site])[site]
             y = fitting.states(queries, [site], shown=fitting.demos)[site].double() - h.double()
+            if self.pairing == "shuffled":
+                y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
             op, found = self._solved(h, y)
             if self.labels_only:
                 ids = [tokens[0] for tokens in first_tokens(lm, train)]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from taskvec.errors import DataError, UnknownName
 from taskvec.prompts import Example, PromptFormat
+from taskvec.tasks.staicc import DATASETS, read_dataset
 from taskvec.tasks.task import Task, TaskSpec
 
 _DATA = Path(str(files("taskvec.tasks") / "data"))
@@ -45,15 +46,34 @@ def load_task(
     shots: int = 10,
     n_test: int = 100,
 ) -> Task:
-    """The task in the file `source`, or the built-in task of that name (`past-tense` and `past_tense` are one name).
+    """The task in the file `source`, the built-in task of that name (`past-tense` and `past_tense` are one name), a
+    set of the package StaICC, or a synthetic task for the model `tiny` (`tiny_upper`).
 
     `format` stands above the sidecar's, and that above `qa`. Raises `DataError` or `UnknownName`.
     """
-    path = _find(source)
-    sidecar = read_sidecar(path)
-    chosen = format or PromptFormat.named(sidecar.format or "qa", sidecar.instruction)
-    spec = TaskSpec(name=path.stem, format=chosen, shots=shots, labels=sidecar.labels)
-    return Task.from_examples(spec, read_examples(path), n_test=n_test)
+    name = _plain_name(source)
+    if name in DATASETS and not os.path.isfile(source):
+        about, examples = _described(name), read_dataset(name)
+    else:
+        path = _find(source)
+        name, about, examples = path.stem, read_sidecar(path), read_examples(path)
+    chosen = format or PromptFormat.named(about.format or "qa", about.instruction)
+    spec = TaskSpec(name=name, format=chosen, shots=shots, labels=about.labels)
+    return Task.from_examples(spec, examples, n_test=n_test)
+
+
+def datasets() -> dict[str, Sidecar]:
+    """The classification sets of the package StaICC by name."""
+    return {name: _described(name) for name in DATASETS}
+
+
+def _described(name: str) -> Sidecar:
+    found = DATASETS[name]
+    return Sidecar(description=found.about, category="StaICC", labels=found.labels, format=found.format)
+
+
+def _plain_name(source: str | Path) -> str:
+    return str(source).replace("-", "_").lower()
 
 
 def read_sidecar(path: Path) -> Sidecar:
@@ -92,10 +112,11 @@ def _find(source: str | Path) -> Path:
     path = Path(source)
     if os.path.isfile(path):  # Path.is_file raises where the name is too long
         return path
-    builtin = _DATA / f"{str(source).replace('-', '_').lower()}.jsonl"
-    if path.name == str(source) and os.path.isfile(builtin):
-        return builtin
-    names = ", ".join(builtin_tasks())
+    for folder in (_DATA, _DATA / "tiny"):
+        builtin = folder / f"{_plain_name(source)}.jsonl"
+        if path.name == str(source) and os.path.isfile(builtin):
+            return builtin
+    names = ", ".join([*builtin_tasks(), *DATASETS])
     raise UnknownName("a task file or a built-in task", repr(str(source)), f"check the path, or name one of: {names}")
 
 
