@@ -168,7 +168,7 @@ def op_of(kind: str, seed: int, rank: int) -> Op:
 def test_a_melted_op_moves_h_by_the_sum_of_all_shifts(terms: list[tuple[str, int, float, int]], seed: int) -> None:
     h = row(seed).double()
     ops = [(strength, op_of(kind, number, rank)) for kind, number, strength, rank in terms]
-    (edit,) = total([Edit(Site("mlp", 0), op, strength=strength) for strength, op in ops])
+    (edit,) = total([[Edit(Site("mlp", 0), op, strength=strength)] for strength, op in ops])
     expected = h + sum((strength * moved(op, h) for strength, op in ops), torch.zeros(WIDTH).double())
     torch.testing.assert_close(edit.op(h[None], edit.strength)[0], expected, atol=1e-4, rtol=1e-4)
 

@@ -60,7 +60,7 @@ EDITING: tuple[Method, ...] = (
 SOURCES: tuple[Method, ...] = (Elicit(others=(), prompts=2, n_dev=3, retriever="dense"),)
 BOUNDED: dict[str, Any] = {"steps": 2, "batch": 2, "queries": 4, "check": 1, "n_dev": 3}
 ADAPTING: tuple[Method, ...] = (
-    LoRA(targets=("q_proj", "query_key_value", "c_attn", "qkv_proj"), **BOUNDED),
+    LoRA(**BOUNDED),
     PrefixTuning(length=2, **BOUNDED),
     PromptTuning(length=2, **BOUNDED),
 )

@@ -127,6 +127,19 @@ class _SoftPrompted(nn.Module):
         except AttributeError:
             return getattr(self.wrapped, name)
 
+    def generate(self, **inputs: Any) -> Tensor:
+        """As the wrapped model, row by row: padding would stand between the virtual tokens and the prompt."""
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask").bool()
+        rows = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # positions are peft's business here
+            for row, real in zip(ids, mask, strict=True):
+                alone = row[real][None]
+                out = self.wrapped.generate(input_ids=alone, attention_mask=torch.ones_like(alone), **inputs)
+                rows.append(out[0, alone.shape[1] :])
+        new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=inputs["pad_token_id"])
+        return torch.cat([ids, new], dim=1)
+
     def forward(self, **inputs: Any) -> Any:
         """As the wrapped model, without position ids."""
         inputs.pop("position_ids", None)
@@ -184,7 +197,7 @@ def _descend(
     n = len(lessons.targets)
     long = [len(p) + len(t) for p, t in zip(lessons.engine.prompts, lessons.targets, strict=True)]
     batch = min(how.batch, n)
-    steps = max(1, min(how.steps, round(how.tokens / (batch * sum(long) / n))))
+    steps = max(1, min(how.steps, int(how.tokens / (batch * sum(long) / n))))
     optimizer = torch.optim.AdamW(weights.values(), lr=how.lr, weight_decay=0.0)
     best, best_loss, step = None, float("inf"), 0
     for step in track(range(1, steps + 1), "adapter", steps):

@@ -22,6 +22,7 @@ look alike (a verb is a verb) BM25 has nothing to go by, and mostly nothing is i
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,8 @@ MARK = "taskvec_library.json"
 
 
 class _Library(BaseModel):
-    """The file `taskvec_library.json`. `entries` pairs each folder with the SHA-256 of its configuration."""
+    """The file `taskvec_library.json`. `entries` pairs each folder with the SHA-256 of its configuration;
+    `card` is that of README.md. There is one text for each library, so that no byte of it can change unseen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,8 +62,12 @@ class _Library(BaseModel):
     threshold: float
     top: int
     entries: dict[str, str]
+    card: str
     origin: Origin
     checksum: str = ""
+
+    def text(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
 
     def digest(self) -> str:
         return _sha(json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True).encode())
@@ -96,9 +102,14 @@ class ElicitLibrary:
     def scores(self, lm: LM, queries: Sequence[str]) -> Float[Tensor, "n e"]:
         """How near each query is to each entry's demonstrations."""
         if self.retriever == "bm25":
-            return torch.stack([torch.from_numpy(self._bm25.get_scores(_words(query))) for query in queries])
+            return torch.stack([self._bm25_scores(_words(query)) for query in queries])
         centre, entries = self._embedded(lm)
         return _unit(_embed(lm, queries, self.encoder) - centre) @ entries.T
+
+    def _bm25_scores(self, words: Sequence[str]) -> Float[Tensor, " e"]:
+        if not words:  # bm25s has no answer to nothing
+            return torch.zeros(len(self.entries))
+        return torch.from_numpy(self._bm25.get_scores(list(words)))
 
     def nearest(self, row: Float[Tensor, " e"]) -> list[int]:
         """The best `top` entries that reach the threshold. A score of 0 or below (no word shared) never does."""
@@ -109,6 +120,7 @@ class ElicitLibrary:
         """Write the library: a vector folder an entry, and one file that lists them. All or nothing."""
         with replacing(Path(folder), overwrite=overwrite, mark=MARK) as new:
             names = [f"{i:04d}" for i in range(len(self.entries))]
+            about = card or f"# A library of {len(names)} in-context task vectors (ELICIT)\n"
             for name, entry in zip(names, self.entries, strict=True):
                 entry.save_pretrained(new / name)
             record = _Library(
@@ -117,11 +129,12 @@ class ElicitLibrary:
                 threshold=self.threshold,
                 top=self.top,
                 entries={name: _sha((new / name / CONFIG).read_bytes()) for name in names},
+                card=_sha(about.encode()),
                 origin=self.origin,
             )
             sealed = record.model_copy(update={"checksum": record.digest()})
-            (new / MARK).write_text(sealed.model_dump_json(indent=2) + "\n", "utf-8")
-            (new / CARD).write_text(card or f"# A library of {len(names)} in-context task vectors (ELICIT)\n", "utf-8")
+            (new / MARK).write_text(sealed.text(), "utf-8")
+            (new / CARD).write_bytes(about.encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ElicitLibrary":
@@ -130,14 +143,17 @@ class ElicitLibrary:
         if not (folder / MARK).is_file():
             raise InputError(f"a library with {MARK}", f"none at {folder}", "check the path")
         try:
-            record = _Library.model_validate_json((folder / MARK).read_text("utf-8"))
+            content = (folder / MARK).read_bytes()
+            record = _Library.model_validate_json(content)
         except (ValidationError, ValueError) as error:
             raise _corrupt(folder, " ".join(str(error).splitlines()[:3])) from None
-        if record.checksum != record.digest():
+        if record.checksum != record.digest() or content != record.text().encode():
             raise _corrupt(folder, f"{MARK} was changed after it was saved")
-        there = {path.name for path in folder.iterdir() if path.is_dir()}
-        for name in sorted(there ^ record.entries.keys()):
-            raise _corrupt(folder, f"the entry {name} is {'unknown' if name in there else 'missing'}")
+        there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        for name in sorted(there ^ {*record.entries, MARK, CARD}):
+            raise _corrupt(folder, f"{name} is {'unknown' if name in there else 'missing'}")
+        if _sha((folder / CARD).read_bytes()) != record.card:
+            raise _corrupt(folder, f"{CARD} was changed after it was saved")
         for name, digest in record.entries.items():
             if not (folder / name / CONFIG).is_file() or _sha((folder / name / CONFIG).read_bytes()) != digest:
                 raise _corrupt(folder, f"the entry {name} is not the one that was saved")
@@ -179,8 +195,8 @@ def query_text(lm: LM, prompt: Encoded) -> str:
     """The query's own words, without the template: what stands at the role `input`, else the whole text."""
     if not prompt.ids:
         raise InputError("prompts of text, to retrieve by", "embeddings", "use another method")
-    tokens = prompt.roles.get("input", ())
-    return (lm.decode([prompt.ids[i] for i in tokens]) if tokens else prompt.text).strip()
+    tokens = prompt.roles.get("input")
+    return (prompt.text if tokens is None else lm.decode([prompt.ids[i] for i in tokens])).strip()
 
 
 def _text(entry: TaskVector) -> str:
@@ -307,5 +323,6 @@ class Elicit:
             own = [i for i, entry in enumerate(library.entries) if entry.origin and entry.origin.task == dev.spec.name]
             scores = library.scores(lm, [example.input for example in dev.examples[: self.n_dev]])
             reached.append(scores[:, own].amax(1).double())
-        threshold = float(torch.quantile(torch.cat(reached), 1 - self.recall, interpolation="lower"))
+        best = torch.cat(reached).sort(descending=True).values
+        threshold = float(best[math.ceil(self.recall * len(best) - 1e-9) - 1])
         return threshold - 1e-4 * abs(threshold)  # the query that set it must pass, whatever its score rounds to

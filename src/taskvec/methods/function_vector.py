@@ -132,6 +132,7 @@ class FunctionVector:
                 f"heads <= prefilter <= the {count} heads of {lm.id} (prefilter 0: all)", found, "mend them"
             )
         head_sites(lm)
+        lm.point(Site("resid", self.layer or 0))
         return Where.parse(self.where)
 
     def _clean(self, fitting: Fitting) -> list[Encoded]:

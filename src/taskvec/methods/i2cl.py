@@ -90,6 +90,8 @@ class I2CL:
         """Read the context vectors, calibrate the scalars on the same demonstrations. Dev is not used."""
         train, dev = single(train, dev)
         at_least_one(self, "epochs", "batch")
+        if not self.lr >= 0:
+            raise InputError("a learning rate of 0 or more", f"i2cl.lr = {self.lr}", "raise or lower i2cl.lr")
         sites = [Site(kind, layer) for layer in range(lm.n_layers) for kind in ("attn", "mlp")]
         for site in sites:
             lm.point(site)

@@ -41,8 +41,8 @@ STRENGTHS = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def direction(differences: Float[Tensor, "n w"], rank: int) -> Float[Tensor, " w"]:
-    """The mean plus the sum of the first `rank` principal directions (unit vectors, each with its largest coordinate
-    positive in the scores' sense of sklearn's svd_flip)."""
+    """The mean plus the sum of the first `rank` principal directions: unit vectors, signed as scikit-learn's PCA does
+    (by the largest coordinate)."""
     from sklearn.decomposition import PCA
 
     mean = differences.double().mean(0)
@@ -81,7 +81,7 @@ class InContextVector:
         self._check(lm, train)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             rows = self.differences(fitting)
-            layers = direction(rows.flatten(1), self.rank).reshape(rows.shape[1:])
+            layers = direction(rows.flatten(1), self.rank).reshape(rows.shape[1:])[1:]  # without the embedding's row
             strengths = STRENGTHS if self.strength is None else (self.strength,)
             candidates = [
                 TaskVector(
@@ -106,10 +106,10 @@ class InContextVector:
         for layer in range(lm.n_layers):
             lm.point(Site(self.site, layer))
 
-    def differences(self, fitting: Fitting) -> Float[Tensor, "n L d"]:
-        """H(y_i) - H(x_i), the residual stream behind every block."""
+    def differences(self, fitting: Fitting) -> Float[Tensor, "n L1 d"]:
+        """H(y_i) - H(x_i): the embedding, and the residual stream behind every block."""
         lm, format = fitting.lm, fitting.train.spec.format
-        sites = [Site("resid", layer) for layer in range(lm.n_layers)]
+        sites = [Site("embed"), *(Site("resid", layer) for layer in range(lm.n_layers))]
         if self.texts == "bare":
             pairs = [(lm.encode(demo.input), lm.encode(demo.output)) for demo in fitting.demos]
         else:

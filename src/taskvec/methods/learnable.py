@@ -129,6 +129,8 @@ class LearnableTaskVector:
         """Average the heads once, train the weights, keep the step that is best on dev."""
         train, dev = single(train, dev)
         at_least_one(self, "prompts", "trials", "steps", "batch", "check", "n_dev")
+        if not self.lr >= 0:
+            raise InputError("a learning rate of 0 or more", f"learnable.lr = {self.lr}", "mend it")
         head_sites(lm)
         generator = torch.Generator().manual_seed(seed)
         with Fitting.of(lm, self, train, seed=seed) as fitting, lm.frozen():

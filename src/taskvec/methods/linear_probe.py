@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, at_least_one, need_labels, single
+from taskvec.evaluate import Fitting, need_labels, single
 from taskvec.evaluate.observe import NEVER, encode_answers
 from taskvec.lm import LM, Encoded
 from taskvec.prompts import Example
@@ -74,7 +74,8 @@ class LinearProbe:
         names = need_labels(train.spec, self.name)
         site = Site.parse(self.site)
         lm.point(site)
-        at_least_one(self, "folds")
+        if self.folds < 2:
+            raise InputError("at least two folds", f"linear-probe.folds = {self.folds}", "raise it")
         if self.queries < 0 or (self.queries == 0 and self.target == "few-shot"):
             raise InputError("queries to predict", f"linear-probe.queries = {self.queries}", "raise it")
         with Fitting.of(lm, self, train, seed=seed) as fitting:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from taskvec.errors import InputError
 from taskvec.evaluate import Fitting, at_least_one, single
 from taskvec.evaluate.adapters import PeftAdapter, bounded, peft, train_adapter
 from taskvec.lm import LM
@@ -51,11 +52,19 @@ class LoRA:
     check: int = 20
     n_dev: int = 40
 
+    def _check(self, lm: LM) -> None:
+        """Peft accepts a list of which one name is there; a name that is nowhere is a mistake."""
+        there = [f".{name}" for name, _ in lm.model.named_modules()]
+        for target in self.targets if self.targets != ("all-linear",) else ():
+            if not any(name.endswith(f".{target}") for name in there):
+                raise InputError(f"modules of {lm.id} as lora.targets", repr(target), "name the model's own")
+
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> PeftAdapter:
         """Train on gold answers, keep the step that is best on dev."""
         at_least_one(self, "rank", "steps", "batch", "tokens", "queries", "check", "n_dev")
         train, dev = single(train, dev)
         targets = self.targets[0] if self.targets == ("all-linear",) else list(self.targets)
+        self._check(lm)
         config = peft().LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
         )

@@ -20,11 +20,21 @@ from taskvec.vector.origin import Origin
 LINEAR = (Add, Affine)
 
 
-def total(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """The sum of `add` and `affine` edits: one for each site and place. Raises `InputError` for any other op."""
+def total(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
+    """The sum of several vectors' `add` and `affine` edits: one for each site and place.
+
+    Raises `InputError` for any other op, and where an `affine` edit meets others of its own vector at its site, or
+    others' at different tokens: then the order in which they act counts, and there is no sum.
+    """
+    edits = [edit for row in rows for edit in row]
     for edit in edits:
         if not isinstance(edit.op, LINEAR):
             raise _no_sum(edit.op)
+    for site in {edit.site for edit in edits if isinstance(edit.op, Affine)}:
+        own = max(sum(edit.site == site for edit in row) for row in rows)
+        if own > 1 or len({edit.where for edit in edits if edit.site == site}) > 1:
+            found = f"edits at {site} whose order counts"
+            raise InputError("affine edits that stand alone, to add up", found, "inject one after the other: .then()")
     groups: dict[tuple[Any, Any], list[Edit]] = {}
     for edit in edits:
         groups.setdefault((edit.site, edit.where), []).append(edit)
@@ -34,12 +44,14 @@ def total(edits: Sequence[Edit]) -> tuple[Edit, ...]:
 def mean(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
     """The mean of several vectors' edits. Vectors that replace or blend must do so at the same places, alike."""
     if all(isinstance(edit.op, LINEAR) for edits in rows for edit in edits):
-        return total([replace(edit, strength=edit.strength / len(rows)) for edits in rows for edit in edits])
+        return total([[replace(edit, strength=edit.strength / len(rows)) for edit in edits] for edits in rows])
+    if len({len(edits) for edits in rows}) > 1:
+        raise InputError("vectors that edit alike, to average", "some edit more", "average vectors of one kind")
     out = []
     for alike in zip(*rows, strict=False):
         first = alike[0]
         key = _key(first)
-        if any(_key(edit) != key for edit in alike) or len({len(edits) for edits in rows}) > 1:
+        if any(_key(edit) != key for edit in alike):
             raise InputError(
                 "vectors that edit alike, to average", f"{key} beside others", "average vectors of one kind"
             )
@@ -79,6 +91,7 @@ def joint(origins: Sequence[Origin | None], name: str) -> Origin | None:
             "data_hash": first.data_hash if same else "",
             "n_test": min(o.n_test for o in known),
             "labels": first.labels if len({o.labels for o in known}) == 1 else None,
+            "demos": first.demos if len({o.demos for o in known}) == 1 else (),
             "max_new_tokens": max(o.max_new_tokens for o in known),
             "cost": type(first.cost)(**cost),
             "found": {},

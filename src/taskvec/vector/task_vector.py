@@ -39,12 +39,12 @@ class TaskVector:
         """The vector that does what both do together. Raises `InputError` where an op has no sum, `VectorMismatch`
         where they belong to different models, templates or prompts."""
         return TaskVector(
-            arithmetic.total(self.edits + other.edits), arithmetic.joint([self.origin, other.origin], "sum")
+            arithmetic.total([self.edits, other.edits]), arithmetic.joint([self.origin, other.origin], "sum")
         )
 
     def __neg__(self) -> "TaskVector":
         """The vector that undoes it: only `add` and `affine` have one."""
-        arithmetic.total(self.edits)
+        arithmetic.total([self.edits])
         return self.scaled(-1.0)
 
     def __sub__(self, other: "TaskVector") -> "TaskVector":
