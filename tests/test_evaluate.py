@@ -694,7 +694,7 @@ def test_choose_goes_on_while_an_answer_may_become_the_gold_one(text: str, settl
 # --- compare ----------------------------------------------------------------------------------------------------------
 
 QUICK: tuple[Method, ...] = (HendelTaskVector(layer=1), LinearTaskVector(queries=6))
-ROWS = ["zero-shot", "few-shot", "few-shot-cached", "mean-difference", "random", "hendel", "linear"]
+ROWS = ["zero-shot", "few-shot", "few-shot-cached", "mean-difference", "random", "hendel", "linear", "linear-shuffled"]
 
 
 @cache
@@ -707,7 +707,7 @@ def test_compare_has_a_row_for_every_method_control_and_seed() -> None:
     assert [(row.method, row.seed) for row in found.rows] == [(name, seed) for seed in (0, 1) for name in ROWS]
     assert {row.task for row in found.rows} == {"tiny"}
     assert all(row.n == 12 and row.label_accuracy and row.d_ntp_full for row in found.rows)
-    assert [row.matched for row in found.rows if row.method != "random"] == [None] * 12
+    assert [row.matched for row in found.rows if row.method != "random"] == [None] * 14
     assert {row.matched for row in found.rows if row.method == "random"} <= {"hendel", "linear"}
     assert len(found.verdicts) == 2
 
@@ -847,5 +847,5 @@ def test_an_averaged_table_has_a_line_per_method() -> None:
     lines = results.average_seeds(compared())
     assert [row.method for row in lines] == ROWS
     one, two = (row for row in compared().rows if row.method == "linear")
-    assert value(lines[-1].d_ntp_full) == pytest.approx((value(one.d_ntp_full) + value(two.d_ntp_full)) / 2)
+    assert value(lines[-2].d_ntp_full) == pytest.approx((value(one.d_ntp_full) + value(two.d_ntp_full)) / 2)
     assert all(isinstance(row, Row) for row in lines)

@@ -748,7 +748,7 @@ def test_fields_are_parsed_from_text(name: str, settings: dict[str, str], expect
         (
             "linear",
             {"rigde": "5"},
-            r"a field of linear: ridge, queries, .*labels_only; found 'rigde'",
+            r"a field of linear: ridge, queries, .*pairing; found 'rigde'",
         ),
         ("linear", {"name": "mine"}, r"a field of linear"),
         ("zero-shot", {"shots": "5"}, r"a field of zero-shot: it has none; found 'shots'"),

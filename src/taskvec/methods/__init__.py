@@ -137,6 +137,6 @@ def _parsed(text: str, hint: Any, place: str) -> Any:
     except ValidationError as error:
         found = error.errors()[0]["msg"]
     try:  # several values, or one of a field that takes several
-        return adapter.validate_python([part.strip() for part in text.split(",")])
+        return adapter.validate_python([part.strip() for part in text.split(",")] if text.strip() else [])
     except ValidationError:
         raise InputError(f"a value of type {hint} for {place}", f"{text!r} ({found})", "mend --set") from None
