@@ -131,12 +131,14 @@ def _parsed(text: str, hint: Any, place: str) -> Any:
     kinds = get_args(hint) or (hint,)
     if text.lower() in ("none", "null", "") and type(None) in kinds:
         return None
+    if hint == tuple[str, ...] and not text.strip():
+        return ()
     adapter = TypeAdapter(hint)
     try:
         return adapter.validate_python(text)
     except ValidationError as error:
         found = error.errors()[0]["msg"]
     try:  # several values, or one of a field that takes several
-        return adapter.validate_python([part.strip() for part in text.split(",")] if text.strip() else [])
+        return adapter.validate_python([part.strip() for part in text.split(",")])
     except ValidationError:
         raise InputError(f"a value of type {hint} for {place}", f"{text!r} ({found})", "mend --set") from None
