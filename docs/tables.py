@@ -108,7 +108,7 @@ def method_page(name: str) -> str:
     rows = [[key, _said(value)] for key, value in said.items()]
     settings = [[f"`{f.name}`", f"`{f.default!r}`"] for f in fields(method)]
     table = markdown(["field", "default"], settings) if settings else "It has no fields."
-    doc = inspect.cleandoc(method.__doc__ or "")
+    doc = inspect.cleandoc(method.__doc__ or "").removeprefix("Fields.").strip()
     parts = [f"# {name}", about, markdown(["", ""], rows), "## Fields", doc, table]
     return "\n" + "\n\n".join(parts) + "\n"
 

@@ -10,6 +10,7 @@ from taskvec.evaluate import Condition, observe, random_like, score
 from taskvec.evaluate.scoring import few_shot
 from taskvec.lm import LM
 from taskvec.methods import Method
+from taskvec.methods.function_vector import FunctionVector
 from taskvec.methods.hendel import HendelTaskVector
 from taskvec.methods.learned import LearnedTaskVector
 from taskvec.methods.linear import LinearTaskVector
@@ -85,6 +86,15 @@ def test_hendel_steers_at_the_layer_it_chooses(smollm: LM) -> None:
     for other in (found.zero, found.random):
         assert low(found.vector.first_token_accuracy) > high(other.first_token_accuracy)
         assert value(found.vector.accuracy) > value(other.accuracy)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_function_vector_steers_at_the_layer_it_chooses(smollm: LM) -> None:
+    found = steered(smollm, past_tense(), FunctionVector(prompts=50, prefilter=60))
+    for other in (found.zero, found.random):
+        assert low(found.vector.first_token_accuracy) > high(other.first_token_accuracy)
+        assert value(found.vector.d_ntp_full) < value(other.d_ntp_full)
 
 
 @pytest.mark.real
