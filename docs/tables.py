@@ -81,7 +81,7 @@ def seeds(rows: list[dict[str, Any]], key: str) -> str:
 
 
 def benchmarks() -> str:
-    """The three ratios."""
+    """The ratios."""
     body = []
     for path in sorted(RESULTS.glob("bench_*.json")):
         result, name = read(path.stem), path.stem.removeprefix("bench_")
