@@ -110,3 +110,17 @@ def test_every_method_steers_on_the_task_that_fits_its_premise(name: str) -> Non
     if isinstance(made, TaskVector | VectorSource):
         random = score(lm(), its.test, random_like(made, seed=0), reference=reference).rows[0]
         assert value(row) > value(random) + 0.1
+
+
+def test_learned_from_the_few_shot_distribution_needs_no_labels_and_comes_close_to_it() -> None:
+    its = task("tiny_upper")
+    method = methods.make("learned", {"target": "few-shot", "steps": "60", "sweep": "3"})
+    made: Any = method.fit(lm(), its.train, its.dev, seed=0)
+    assert made.origin.cost.labels == its.spec.shots  # the demonstrations', and no query's
+    assert made.origin.cost.queries > 0
+    reference = observe(lm(), its.test, few_shot(made.origin))
+    row, zero = (score(lm(), its.test, one, reference=reference).rows[0] for one in (made, None))
+    assert row.d_ntp_full is not None
+    assert zero.d_ntp_full is not None
+    assert row.d_ntp_full.high < zero.d_ntp_full.low
+    assert value(row) > value(zero) + 0.1
