@@ -60,6 +60,8 @@ def optimized(
     steps = torch.cat([states[:-1], average[None]])
     differences = (steps[1:] - steps[:-1])[-len(weights) :]
     w = torch.tensor(list(weights), dtype=states.dtype)[-len(differences) :]
+    if not w.any():  # one demonstration: its only difference has the paper's last weight, 0
+        return average
     return average + lr * (w[:, None, None] * differences).sum(0) / w.sum()
 
 
@@ -116,7 +118,8 @@ class StateVector:
         at_least_one(self, "draws", "groups", "n_dev")
         head_sites(lm)
         lm.point(Site("heads", self.depth or 0))
-        if not self.weights or not sum(self.weights) > 0:
+        used = self.weights[-train.spec.shots :]
+        if not self.weights or not (sum(used) > 0 or not any(used)) or not sum(self.weights) > 0:
             raise InputError("weights with a sum above 0", f"state-vector.weights = {self.weights}", "mend them")
         wanted = self.groups * train.spec.shots + 1
         if len(train) < wanted:
