@@ -44,7 +44,7 @@ class PrefixTuning:
     lr: float = 3e-2
     steps: int = 100
     batch: int = 16
-    tokens: int = 10_000
+    tokens: int = 7_000
     queries: int = 256
     check: int = 20
     n_dev: int = 40
