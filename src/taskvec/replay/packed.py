@@ -23,12 +23,15 @@ from taskvec.replay.tree import ROOT, Segment, Tree
 from taskvec.replay.trials import Answers, Ask, Budget, Trial
 from taskvec.vector import Edit, TaskVector
 
+KEPT_PARTS = 4  # passes joined in a kept grove: more would cost its trials more attention than they save passes
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """An engine over `prompts`, of which tokens from `starts` on may be edited.
 
-    `keep` holds every grove's keys and values, for trials that come again and again (training); else one at a time.
+    `keep` holds every grove's keys and values, for trials that come again and again (training); else one at a time. What
+    is kept is asked for a few tokens of many prompts at once, so that fewer and larger groves are faster there.
     """
 
     lm: LM
@@ -37,7 +40,7 @@ class Packed:
     budget: Budget = field(default_factory=Budget)
     keep: bool = False
     packed: bool = field(default=True, init=False)
-    _kept: dict[int, tuple[Tree, tuple[int, ...]]] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[int, tuple[Tree, dict[int, int]]] = field(default_factory=dict, init=False, repr=False)
 
     # --- what is run once --------------------------------------------------------------------------------------------
 
@@ -56,36 +59,42 @@ class Packed:
             return empty.grow([Segment(ROOT, self.prompts[0].tokens(0, self.shared))]).tree, 0
 
     @cached_property
-    def _groves(self) -> list[list[int]]:
-        """Prompts in groups whose own tokens fit into one pass."""
-        groves, size = list[list[int]](), 0
+    def _groves(self) -> list[list[list[int]]]:
+        """Prompts in groves, each of parts whose own tokens fit into one pass."""
+        parts, size = list[list[int]](), 0
         for number, start in enumerate(self.starts):
             new = start - self.shared
-            if not groves or not self.budget.fits(size + new, self.shared):
-                groves.append([])
+            if not parts or not self.budget.fits(size + new, self.shared):
+                parts.append([])
                 size = 0
-            groves[-1].append(number)
+            parts[-1].append(number)
             size += new
-        return groves
+        joined = KEPT_PARTS if self.keep else 1
+        return [parts[i : i + joined] for i in range(0, len(parts), joined)]
 
     @cached_property
     def _grove_of(self) -> dict[int, int]:
-        return {number: grove for grove, numbers in enumerate(self._groves) for number in numbers}
+        return {number: grove for grove, parts in enumerate(self._groves) for part in parts for number in part}
 
-    def _grove(self, grove: int) -> tuple[Tree, tuple[int, ...]]:
+    def _grove(self, grove: int) -> tuple[Tree, dict[int, int]]:
         """The tree with a grove's prompts up to their starts, and each prompt's segment in it."""
         if grove in self._kept:
             return self._kept[grove]
         tree, root = self._root
-        numbers = self._groves[grove]
-        bodies = [n for n in numbers if self.starts[n] > self.shared]
-        nodes = dict.fromkeys(numbers, root)
-        if bodies:
+        grown, nodes = list[Tree](), dict[int, int]()
+        shift = 0
+        for part in self._groves[grove]:
+            nodes |= dict.fromkeys(part, root)
+            bodies = [n for n in part if self.starts[n] > self.shared]
+            if not bodies:
+                continue
+            segments = [Segment(root, self.prompts[n].tokens(self.shared, self.starts[n])) for n in bodies]
             with torch.no_grad():
-                grown = tree.grow([Segment(root, self.prompts[n].tokens(self.shared, self.starts[n])) for n in bodies])
-            tree = grown.tree
-            nodes |= dict(zip(bodies, grown.nodes, strict=True))
-        out = tree, tuple(nodes[n] for n in numbers)
+                new = tree.grow(segments)
+            grown.append(new.tree)
+            nodes |= {n: node + shift for n, node in zip(bodies, new.nodes, strict=True)}
+            shift += len(bodies)
+        out = tree.joined(grown), nodes
         if self.keep:
             self._kept[grove] = out
         return out
@@ -130,8 +139,7 @@ class Packed:
         by_grove = sorted(range(len(trials)), key=lambda i: self._grove_of[trials[i].prompt])
         rows = self.budget.rows(self.lm.vocabulary)
         for grove, group in groupby(by_grove, key=lambda i: self._grove_of[trials[i].prompt]):
-            tree, nodes = self._grove(grove)
-            node_of = dict(zip(self._groves[grove], nodes, strict=True))
+            tree, node_of = self._grove(grove)
             numbers, segments, new, kept = list[int](), list[Segment](), 0, 0
             for i in group:
                 segment = self._segment(trials[i], node_of[trials[i].prompt])

@@ -94,6 +94,22 @@ class Tree:
         first = len(self.ends)
         return Grown(tree, tuple(range(first, first + len(segments))), logits, seen)
 
+    @torch.no_grad()
+    def joined(self, grown: "Sequence[Tree]") -> "Tree":
+        """One tree with all that `grown` grew from this one, each by itself: their new segments keep their order."""
+        if len(grown) <= 1:
+            return grown[0] if grown else self
+        past, old = len(self), len(self.ends)
+        new = [len(tree.ends) - old for tree in grown]
+        shifts = [sum(new[:i]) for i in range(len(new))]
+        sees = torch.block_diag(self.sees, *(tree.sees[old:, old:] for tree in grown)).bool()
+        sees[old:, :old] = torch.cat([tree.sees[old:, :old] for tree in grown])
+        owner = [self.owner, *(tree.owner[past:] + shift for tree, shift in zip(grown, shifts, strict=True))]
+        position = [self.position, *(tree.position[past:] for tree in grown)]
+        ends = (*self.ends, *(end for tree in grown for end in tree.ends[old:]))
+        caches = [tree.cache for tree in grown]
+        return Tree(self.lm, _joined(caches, past), torch.cat(owner), torch.cat(position), sees, ends)
+
     def _with(self, segments: Sequence[Segment]) -> "Tree":
         """The tree with the segments' bookkeeping, and a cache of its own that shares this one's tensors."""
         old, new = len(self.ends), len(segments)
@@ -167,6 +183,16 @@ def _fork(cache: Any) -> Any:
     fork = copy(cache)
     fork.layers = [copy(layer) for layer in cache.layers]
     return fork
+
+
+def _joined(caches: Sequence[Any], past: int) -> Any:
+    """One cache: the first `past` tokens, which all have, and what each has behind them."""
+    out = _fork(caches[0])
+    for number, layer in enumerate(out.layers):
+        for part in ("keys", "values"):
+            own = [getattr(cache.layers[number], part)[..., past:, :] for cache in caches]
+            setattr(layer, part, torch.cat([getattr(layer, part)[..., :past, :], *own], dim=-2))
+    return out
 
 
 def _placed(segments: Sequence[Segment], stops: Sequence[int]) -> list[Placed]:
