@@ -94,6 +94,19 @@ def benchmarks() -> str:
     return "\n" + markdown(["benchmark", "plain", "packed", "ratio", "largest difference"], body) + "\n"
 
 
+def peers() -> str:
+    """Seconds a head patch in other libraries, beside the sweep's."""
+    found, sweep = read("peers"), read("bench_function_vector")
+    names = {"bare_hook": "a PyTorch hook", "transformer_lens": "transformer-lens 4.3.0", "nnsight": "nnsight 0.8.1"}
+    body = [
+        [label, f"{1000 * found[key]['s_a_patch']:.0f} ms", f"{found[key]['difference']:.0e}"]
+        for key, label in names.items()
+    ]
+    packed = 1000 * sweep["packed_s"] / sweep["patches"]
+    rows = [*body, [f"taskvec, in a sweep of {sweep['patches']:,}", f"{packed:.1f} ms", "reference"]]
+    return "\n" + markdown(["", "time a patch", "largest difference of an effect"], rows) + "\n"
+
+
 def method_page(name: str) -> str:
     """A method's page: what its module says, what it is, and its fields."""
     import importlib

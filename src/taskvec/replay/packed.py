@@ -30,8 +30,8 @@ KEPT_PARTS = 4  # passes joined in a kept grove: more would cost its trials more
 class Packed:
     """An engine over `prompts`, of which tokens from `starts` on may be edited.
 
-    `keep` holds every grove's keys and values, for trials that come again and again (training); else one at a time. What
-    is kept is asked for a few tokens of many prompts at once, so that fewer and larger groves are faster there.
+    `keep` holds every grove's keys and values, for trials that come again and again (training); else one at a time.
+    What is kept is asked for few tokens of many prompts at a time: there, fewer and larger groves are faster.
     """
 
     lm: LM

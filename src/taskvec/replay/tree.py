@@ -102,7 +102,7 @@ class Tree:
         past, old = len(self), len(self.ends)
         new = [len(tree.ends) - old for tree in grown]
         shifts = [sum(new[:i]) for i in range(len(new))]
-        sees = torch.block_diag(self.sees, *(tree.sees[old:, old:] for tree in grown)).bool()
+        sees = torch.block_diag(self.sees, *(tree.sees[old:, old:] for tree in grown)).bool()  # type: ignore[no-untyped-call]
         sees[old:, :old] = torch.cat([tree.sees[old:, :old] for tree in grown])
         owner = [self.owner, *(tree.owner[past:] + shift for tree, shift in zip(grown, shifts, strict=True))]
         position = [self.position, *(tree.position[past:] for tree in grown)]
