@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from taskvec import methods
 from taskvec.errors import InputError, MissingPackage, VectorCorrupt
@@ -428,6 +429,58 @@ def test_a_dense_library_is_fitted_saved_and_injected(tmp_path: Path) -> None:
     loaded = ElicitLibrary.from_pretrained(tmp_path / "v")
     assert loaded.retriever == "dense"
     assert torch.equal(observe(lm, task.dev, loaded).logits, observe(lm, task.dev, made).logits)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A random BERT and a tokenizer of whole words, in a folder."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["red", "blue", "walk", "talk", "good", "film"]]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    folder = tmp_path / "encoder"
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(folder)
+    return folder
+
+
+def test_a_sentence_encoder_is_mean_pooled_over_each_text_alone(encoder: Path) -> None:
+    documents, queries = ["red blue", "walk talk good film", "film"], ["blue", "talk walk", "good red walk"]
+    model, tokenizer = BertModel.from_pretrained(encoder).eval(), BertTokenizerFast.from_pretrained(encoder)
+    with torch.no_grad():
+        rows, asked = (
+            torch.stack(
+                [model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0].mean(0) for text in some]
+            )
+            for some in (documents, queries)
+        )
+    centre = rows.mean(0)
+    expected = torch.nn.functional.cosine_similarity((asked - centre)[:, None], (rows - centre)[None], dim=-1)
+    got = library(documents, retriever="dense", encoder=str(encoder)).scores(exact_lm("llama"), queries)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_a_library_keeps_the_name_of_its_encoder(encoder: Path, tmp_path: Path) -> None:
+    lm, task = exact_lm("llama"), open_task()
+    made = replace(SMALL, retriever="dense", encoder=str(encoder)).fit(lm, task.train, task.dev)
+    made.save_pretrained(tmp_path / "v")
+    loaded = ElicitLibrary.from_pretrained(tmp_path / "v")
+    assert loaded.encoder == str(encoder)
+    assert torch.equal(observe(lm, task.dev, loaded).logits, observe(lm, task.dev, made).logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"retriever": "dense", "encoder": "/no/such/folder"}, "a sentence encoder that transformers can load"),
+        ({"encoder": "/no/such/folder"}, "elicit.retriever = dense with an encoder"),
+    ],
+)
+def test_an_encoder_that_cannot_serve_is_refused_before_anything_runs(fields: dict[str, Any], said: str) -> None:
+    lm, task = exact_lm("llama"), open_task()
+    with pytest.raises(InputError, match=said), lm.metered() as meter:
+        replace(SMALL, **fields).fit(lm, task.train, task.dev)
+    assert meter.passes == 0
 
 
 # --- the package ------------------------------------------------------------------------------------------------------

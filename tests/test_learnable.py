@@ -207,8 +207,9 @@ def test_released_forms_are_refused_where_heads_are_not_as_wide_together_as_the_
     widths = rf"{weight(lm.model, 0).shape[1]} and {weight(lm.model, 0).shape[0]}"
     with pytest.raises(InputError, match=widths):
         basis(lm, random_means(lm), form)
-    with pytest.raises(InputError, match="use form = heads"):
+    with pytest.raises(InputError, match="use form = heads"), lm.metered() as meter:
         fitted(family, form=form, steps=1)
+    assert meter.passes == 0
 
 
 @pytest.mark.parametrize("form", RELEASED)

@@ -26,7 +26,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -217,14 +217,25 @@ def _embed(lm: LM, texts: Sequence[str], encoder: str) -> Float[Tensor, "n w"]:
         answers = replay(lm, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(states=(site,)))
         states: Tensor = answers.states[site]
         return states
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(encoder)
-    model: Any = AutoModel.from_pretrained(encoder).eval()
+    tokenizer, model = _sentence_encoder(encoder)
     inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
     mask = inputs["attention_mask"][..., None]
-    pooled: Tensor = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    pooled: Tensor = (model(**inputs).last_hidden_state.float() * mask).sum(1) / mask.sum(1)
     return pooled
+
+
+@lru_cache(maxsize=1)
+def _sentence_encoder(name: str) -> tuple[Any, Any]:
+    """A sentence encoder and its tokenizer, by folder or Hub id; held for the next query."""
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+    except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise InputError(
+            "a sentence encoder that transformers can load", f"elicit.encoder = {name!r} ({why})", "name a folder"
+        ) from error
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -271,6 +282,8 @@ class Elicit:
         at_least_one(self, "prompts", "top", "n_dev")
         if not 0 < self.recall <= 1:
             raise InputError("a recall above 0 and at most 1", f"elicit.recall = {self.recall}", "mend it")
+        if self.encoder:
+            self._check_encoder()
         given = self._given(train, dev)
         with Fitting.of(lm, self, given[0][0], seed=seed) as fitting:
             entries, layers = list[TaskVector](), dict[str, int]()
@@ -281,6 +294,13 @@ class Elicit:
             threshold = self._threshold(lm, library, given)
             found: Mapping[str, Any] = {"layers": layers, "threshold": threshold, "entries": len(entries)}
             return replace(library, threshold=threshold, origin=fitting.origin(found=found))
+
+    def _check_encoder(self) -> None:
+        if self.retriever != "dense":
+            raise InputError(
+                "elicit.retriever = dense with an encoder", f"elicit.retriever = {self.retriever}", "set or drop it"
+            )
+        _sentence_encoder(self.encoder)
 
     def _given(self, train: Train | Sequence[Train], dev: Dev | Sequence[Dev]) -> list[tuple[Train, Dev]]:
         trains = [train] if isinstance(train, Train) else list(train)

@@ -57,18 +57,23 @@ def basis(lm: LM, means: Float[Tensor, "L J w"], form: Form = "heads") -> Float[
     - `released-text`: slot j of the summed W_O z: coordinate blocks, not heads;
     - `released-regression`: the projected output, cut into slots, each projected again with the bias.
     """
+    check_form(lm, form)
     written = projected_heads(lm, means)
     if form == "heads":
         return written
-    width = lm.width(Site("resid", 0))
-    if width != means[0].numel():
-        found = f"{means[0].numel()} and {width}"
-        raise InputError(
-            "heads as wide together as the residual stream, for a released form", found, "use form = heads"
-        )
     if form == "released-text":
         return torch.stack([one_slot_each(layer.sum(0).reshape(lm.n_heads, -1)) for layer in written])
     return torch.stack([_twice(lm, layer, z) for layer, z in enumerate(means)])
+
+
+def check_form(lm: LM, form: Form) -> None:
+    """Raise `InputError` where a model's heads don't fill the residual stream, which the released forms need."""
+    heads, width = lm.n_heads * lm.width(Site("heads", 0, 0)), lm.width(Site("resid", 0))
+    if form != "heads" and heads != width:
+        found = f"{heads} and {width}"
+        raise InputError(
+            "heads as wide together as the residual stream, for a released form", found, "use form = heads"
+        )
 
 
 @torch.no_grad()
@@ -132,6 +137,7 @@ class LearnableTaskVector:
         if not self.lr >= 0:
             raise InputError("a learning rate of 0 or more", f"learnable.lr = {self.lr}", "mend it")
         head_sites(lm)
+        check_form(lm, self.form)
         generator = torch.Generator().manual_seed(seed)
         with Fitting.of(lm, self, train, seed=seed) as fitting, lm.frozen():
             clean = draw(train, self.prompts, seed=seed)
