@@ -66,13 +66,13 @@ def compare_once(
     """`compare` for one seed, with what was fitted."""
     if seed < 0:
         raise InputError("a seed of 0 or more", str(seed), "name another")
-    fitted = _fit_all(lm, task, _with_controls(methods), seed)
+    fitted = _fit_all(lm, task, with_controls(methods), seed)
     fitted |= {f"vector {i}": vector for i, vector in enumerate(vectors)}
     fitted |= {name + SHUFFLED: ShuffledPairing(c, seed) for name, c in fitted.items() if isinstance(c, VectorSource)}
-    candidates = [name for name in fitted if _is_candidate(name, fitted[name])] or ["mean-difference"]
+    candidates = [name for name in fitted if is_candidate(name, fitted[name])] or ["mean-difference"]
     few = observe(lm, task.dev, fitted["few-shot"])
     dev = {
-        name: _on_dev(observe(lm, task.dev, fitted[name]), few) for name in track(candidates, "dev", len(candidates))
+        name: dev_score(observe(lm, task.dev, fitted[name]), few) for name in track(candidates, "dev", len(candidates))
     }
     chosen = min(candidates, key=lambda name: (-dev[name][0], dev[name][1], _passes(fitted[name])))
     fitted |= _random(fitted[chosen], seed)
@@ -81,13 +81,13 @@ def compare_once(
     return Comparison(replace(total, verdicts=(verdict,)), fitted, chosen, verdict, dev)
 
 
-def _is_candidate(name: str, condition: Condition) -> bool:
-    """Vectors and sources are chosen among; prompts, controls and rivals that are not vectors stand beside them."""
+def is_candidate(name: str, condition: Condition) -> bool:
+    """Does dev choose among it and others? Vectors and sources; prompts, controls and other rivals stand beside."""
     beside = name in (*PROMPTED, "mean-difference") or name.endswith(SHUFFLED)
     return isinstance(condition, TaskVector | VectorSource) and not beside
 
 
-def _with_controls(methods: Sequence[str | Method]) -> list[Method]:
+def with_controls(methods: Sequence[str | Method]) -> list[Method]:
     """The methods and the controls, each once: controls first. `random` is made later."""
     asked = [registry.make(m) if isinstance(m, str) else m for m in methods if m != "random"]
     names = [m.name for m in asked]
@@ -107,16 +107,17 @@ def _fit_all(lm: LM, task: Task, methods: Sequence[Method], seed: int) -> dict[s
     for method in track(methods, "fitting", len(methods)):
         fitted[method.name] = method.fit(lm, task.train, task.dev, seed=seed)
         if hasattr(method, "shuffled"):
-            fitted[method.name + SHUFFLED] = _renamed(method.shuffled().fit(lm, task.train, task.dev, seed=seed))
+            fitted[method.name + SHUFFLED] = as_shuffled(method.shuffled().fit(lm, task.train, task.dev, seed=seed))
     return fitted
 
 
-def _renamed(vector: TaskVector) -> TaskVector:
+def as_shuffled(vector: TaskVector) -> TaskVector:
+    """A vector that its method's `shuffled()` made, under that control's name."""
     assert vector.origin is not None
     return replace(vector, origin=vector.origin.model_copy(update={"method": vector.origin.method + SHUFFLED}))
 
 
-def _on_dev(seen: Observation, few: Observation) -> tuple[float, float]:
+def dev_score(seen: Observation, few: Observation) -> tuple[float, float]:
     """(headline accuracy, d_ntp_full) on dev."""
     return float(_hits(seen).mean()), float(kl(few.logits, seen.logits).mean())
 
@@ -143,7 +144,7 @@ def _score_all(
             seen[name] = observe(lm, task.test, fitted[name])
         part = score_observed(lm, seen[name], fitted[name], reference, seed=seed)
         if name == "random":
-            part = _matched(part, fitted[chosen], chosen)
+            part = matched(part, fitted[chosen], chosen)
         total += _in_block(part, seed)
         if name == "few-shot":
             total += score_observed(lm, seen[name], fitted[name], reference, seed=seed, cached=True)
@@ -157,9 +158,10 @@ def _in_block(part: Results, seed: int) -> Results:
     return replace(part, rows=(row,), examples=tuple(example | key for example in part.examples))
 
 
-def _matched(part: Results, condition: Condition, chosen: str) -> Results:
+def matched(part: Results, condition: Condition, chosen: str) -> Results:
+    """The random control's row: it names the method whose norm it has, and none of its settings and costs."""
     name = condition.origin.method if condition is not None and condition.origin is not None else chosen
-    costless: dict[str, Any] = {"fit_labels": 0, "fit_queries": 0, "fit_tokens": 0, "fit_seconds": 0.0}
+    costless: dict[str, Any] = {"fit_labels": 0, "fit_queries": 0, "fit_tokens": 0, "fit_seconds": 0.0, "found": {}}
     row = replace(part.rows[0], method="random", matched=name, source=None, hyperparameters={}, **costless)
     return replace(part, rows=(row,))
 

@@ -19,6 +19,9 @@ Each message is one line that says what was wanted, what was found and what to d
 with 2; any other exception is our bug and exits with 1.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class TaskvecError(Exception):
     """Base class. `wanted`, `found` and `do` are sentence parts; the message joins them in one line."""
@@ -38,6 +41,14 @@ class DataError(InputError):
 
 class UnknownName(InputError):
     """A name that taskvec does not know."""
+
+
+def unknown(wanted: str, name: str, known: Iterable[str]) -> UnknownName:
+    """The error for a name that is not among the `known` ones: it names the nearest, and all."""
+    known = list(known)
+    near = get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return UnknownName(wanted, repr(name), f"{hint}name one of: {', '.join(known)}")
 
 
 class PromptTooLong(InputError):

@@ -48,6 +48,9 @@ class Row:
     d_ntp: Metric | None = None
     d_ntp_support: int | None = None
     d_ntp_full: Metric | None = None
+    label_logit_error: Metric | None = None
+    hidden_error: Metric | None = None
+    d_ntp_bound: float | None = None
     agreement: Metric | None = None
     when_icl_wrong: Metric | None = None
     fit_labels: int = 0
@@ -69,6 +72,16 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Row":
+        """What `to_dict` gave."""
+        parts: dict[str, Any] = {name: Metric(**v) if _is_metric(v) else v for name, v in plain.items()}
+        return cls(**parts)
+
+
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"value", "low", "high"}
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,28 @@ def eval(
 
 
 @app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="A suite's YAML file, or a built-in one (see `taskvec tasks`).")],
+    out: Annotated[Path, typer.Option("--out", help="The run's folder.")],
+    model: Model = DEFAULT_MODEL,
+    method: Methods = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="How many seeds: 0, 1, ...")] = 3,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes, each with a model of its own.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Run methods and controls on every task of a suite, cell by cell, and write tables and a report."""
+    from taskvec.cli import bench as run
+    from taskvec.cli.work import ModelOptions
+
+    options = run.RunOptions(method, settings, seeds, out, resume, jobs)
+    run.bench(suite, ModelOptions(model, device, dtype), options, as_json=json)
+
+
+@app.command()
 def generate(
     vector: Annotated[Path, typer.Argument(help="The vector folder.")],
     text: Annotated[str | None, typer.Argument(help="One input; it is put into the vector's template.")] = None,

@@ -174,7 +174,7 @@ def make_methods(names: list[str] | None, settings: list[str] | None, *, compili
     """The methods asked for (None: the default ones) with their `--set` fields."""
     from taskvec.comparison import DEFAULT
 
-    fields = _parse_settings(settings or [])
+    fields = parse_settings(settings or [])
     controls = [name for name in fields if name in registry.CONTROLS]
     asked = list(dict.fromkeys([*(DEFAULT if names is None else names), *controls]))
     for name in {*fields} - {*asked} | ({*fields} & {"random"}):
@@ -184,7 +184,7 @@ def make_methods(names: list[str] | None, settings: list[str] | None, *, compili
     return [registry.make(name, fields.get(name)) for name in asked if name != "random"]
 
 
-def _parse_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
+def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
     """METHOD.FIELD=VALUE, by method and field."""
     fields: dict[str, dict[str, str]] = {}
     for setting in settings:

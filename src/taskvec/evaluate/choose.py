@@ -8,9 +8,10 @@ from torch import Tensor
 
 from taskvec.evaluate.fitting import Fitting
 from taskvec.evaluate.observe import encode_answers
+from taskvec.evaluate.shared import engine_of
 from taskvec.lm import LM
 from taskvec.prompts import Example
-from taskvec.replay import Answers, Ask, Trial, replay
+from taskvec.replay import Answers, Ask, Trial
 from taskvec.replay.trials import first_edited
 from taskvec.tasks import Dev
 from taskvec.vector import TaskVector
@@ -41,7 +42,7 @@ def choose(
     prompts = [lm.encode(dev.spec.format.prompt(example.input, shown)) for example in dev.examples]
     trials = [Trial(i, vector) for vector in candidates for i in range(len(prompts))]
     starts = [min(first_edited(prompt, vector) for vector in candidates) for prompt in prompts]
-    answers = replay(lm, prompts, starts=starts).answer(trials, _ask(lm, dev, trials, shown))
+    answers = engine_of(lm, prompts, starts).answer(trials, _ask(lm, dev, trials, shown))
     hits = torch.tensor(_hits(lm, dev, trials, answers)).float().reshape(len(candidates), -1).mean(1)
     logs = answers.kept.reshape(len(candidates), -1).mean(1)
     best = max(range(len(candidates)), key=lambda c: (float(hits[c]), float(logs[c]), -c))

@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
+from taskvec.evaluate.shared import states_of
 from taskvec.hooks import prove
 from taskvec.lm import LM, Encoded
 from taskvec.lm.model import Meter
 from taskvec.prompts import Example
-from taskvec.replay import Ask, Trial, packs, replay
+from taskvec.replay import packs
 from taskvec.replay.stagger import staggers
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
@@ -79,7 +80,9 @@ class Fitting:
 
     def states_of(self, prompts: Sequence[Encoded], sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "n w"]]:
         """The states at the last token of each prompt."""
-        return replay(self.lm, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
+        states, seconds = states_of(self.lm, prompts, sites)
+        self.started -= seconds
+        return states
 
     def origin(
         self, *, prompt: Literal["zero-shot", "few-shot"] = "zero-shot", found: Mapping[str, Any] | None = None

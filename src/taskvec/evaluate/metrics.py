@@ -1,4 +1,7 @@
-"""The divergences between two next-token distributions. Shapes: n queries, V vocabulary, C tokens of the support."""
+"""How far two next-token distributions and the states behind them lie apart.
+
+Shapes: n queries, V vocabulary, C tokens of the support, d width of the residual stream.
+"""
 
 from collections.abc import Sequence
 
@@ -21,3 +24,27 @@ def d_ntp(reference: Float[Tensor, "n V"], logits: Float[Tensor, "n V"], support
     """
     columns = torch.tensor(list(support))
     return kl(reference[:, columns], logits[:, columns])
+
+
+def label_logit_error(
+    reference: Float[Tensor, "n V"], logits: Float[Tensor, "n V"], support: Sequence[int]
+) -> Float[Tensor, " n"]:
+    """||D||^2 with D the difference of the support's logits, centred in each row (softmax does not see its mean).
+
+    d_NTP is at most a quarter of it: KL is the Bregman divergence of log-sum-exp, whose Hessian is at most 1/2.
+    """
+    columns = torch.tensor(list(support))
+    apart = reference.float()[:, columns] - logits.float()[:, columns]
+    return (apart - apart.mean(-1, keepdim=True)).square().sum(-1)
+
+
+def hidden_error(reference: Float[Tensor, "n d"], states: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """||h_icl - h||^2 at the input of the head: L_MSE of the Linear TV paper is its mean."""
+    return (reference.float() - states.float()).square().sum(-1)
+
+
+def head_gain(rows: Float[Tensor, "C d"]) -> float:
+    """||U_c||_2^2 of the support's unembedding rows, centred over them: label_logit_error <= head_gain x hidden_error
+    where logits are linear in the state."""
+    centred = rows.double() - rows.double().mean(0)
+    return float(torch.linalg.matrix_norm(centred, ord=2).square())

@@ -10,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError, VectorMismatch
+from taskvec.evaluate.shared import engine_of
 from taskvec.hooks import check_fits, prove
 from taskvec.lm import LM, Encoded
 from taskvec.prompts import Example
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
 from taskvec.replay.trials import first_edited
+from taskvec.sites import Site
 from taskvec.tasks import Split, TaskSpec, Test
 from taskvec.vector import Adapted, Origin, Predictor, TaskVector, VectorSource
 
@@ -26,9 +28,9 @@ NEVER = -1e4
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What a condition gave on a split. Shapes: n examples, V vocabulary, L labels. `texts` are the cut greedy
+    """What a condition gave on a split. Shapes: n examples, V vocabulary, L labels, d width. `texts` are the cut greedy
     answers; of a predictor, which generates nothing, its labels, and its logits are those of the labels' first tokens
-    (`NEVER` elsewhere; `open` is False)."""
+    (`NEVER` elsewhere; `open` is False). `states` are those at the input of the head (None where there are none)."""
 
     split: Split
     prompts: tuple[Encoded, ...]
@@ -37,6 +39,7 @@ class Observation:
     texts: tuple[str, ...]
     golds: tuple[tuple[int, ...], ...]
     open: bool = True
+    states: Float[Tensor, "n d"] | None = None
 
     @cached_property
     def labels(self) -> tuple[str, ...] | None:
@@ -66,12 +69,21 @@ def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
     if isinstance(condition, Predictor):
         return _predicted(lm, split, condition, prompts, golds, labels)
     ends = split.spec.format.terminator
-    ask = Ask(keep=lambda _, row: row, labels=labels, max_new=longest, done=lambda _, text: ends in text)
+    head = _head_site(lm, condition)
+    ask = Ask(lambda _, row: row, labels, longest, lambda _, text: ends in text, head)
     with _applied(lm, condition):
         engine, trials = _engine(lm, prompts, condition)
         answers = engine.answer(trials, ask)
     texts = tuple(split.spec.format.cut(lm.decode(tokens)) for tokens in answers.tokens)
-    return Observation(split, prompts, answers.kept, answers.label_logprobs, texts, golds)
+    states = answers.states[head[0]] if head else None
+    return Observation(split, prompts, answers.kept, answers.label_logprobs, texts, golds, states=states)
+
+
+def _head_site(lm: LM, condition: Condition) -> tuple[Site, ...]:
+    """The input of the head, where it can be read: not below an adapter, which may shift the tokens."""
+    site = Site("lm_head_in")
+    there = site in lm.sites() and site not in lm.proofs["sites"]
+    return (site,) if there and not isinstance(condition, Adapted) else ()
 
 
 @contextmanager
@@ -162,4 +174,6 @@ def _engine(
         condition.vectors(lm, prompts) if isinstance(condition, VectorSource) else [condition] * len(prompts)
     )
     starts = [first_edited(prompt, vector) for prompt, vector in zip(prompts, vectors, strict=True)]
-    return replay(lm, prompts, starts=starts), [Trial(i, vector) for i, vector in enumerate(vectors)]
+    bare = condition is None or condition.origin is None or not condition.origin.shown
+    engine = engine_of(lm, prompts, starts) if bare else replay(lm, prompts, starts=starts)
+    return engine, [Trial(i, vector) for i, vector in enumerate(vectors)]

@@ -7,10 +7,10 @@ import numpy as np
 
 from taskvec import results
 from taskvec.evaluate.cost import QueryCost, cached_query_cost, query_cost
-from taskvec.evaluate.metrics import d_ntp, kl
+from taskvec.evaluate.metrics import d_ntp, head_gain, hidden_error, kl, label_logit_error
 from taskvec.evaluate.observe import Condition, Observation, first_tokens, observe
 from taskvec.lm import LM
-from taskvec.results import Results, Row
+from taskvec.results import Metric, Results, Row
 from taskvec.tasks import Dev, Test
 from taskvec.vector import Origin, TaskVector
 
@@ -99,10 +99,17 @@ def _examples(lm: LM, seen: Observation, reference: Observation | None) -> list[
     ]
     if reference is not None:
         support = _support(lm, seen)
-        narrow = d_ntp(reference.logits, seen.logits, support).tolist() if support else [None] * len(gold)
-        full = kl(reference.logits, seen.logits).tolist() if seen.open else [None] * len(gold)
+        both, nothing = (reference.logits, seen.logits), [None] * len(gold)
+        apart = {
+            "d_ntp": d_ntp(*both, support).tolist() if support else nothing,
+            "d_ntp_full": kl(*both).tolist() if seen.open else nothing,
+            "label_logit_error": label_logit_error(*both, support).tolist() if support else nothing,
+            "hidden_error": nothing,
+        }
+        if reference.states is not None and seen.states is not None:
+            apart["hidden_error"] = hidden_error(reference.states, seen.states).tolist()
         for i, record in enumerate(records):
-            record["d_ntp"], record["d_ntp_full"] = narrow[i], full[i]
+            record |= {name: values[i] for name, values in apart.items()}
             record["agrees"] = seen.predictions[i] == reference.predictions[i]
             record["icl_wrong"] = reference.predictions[i] != gold[i]
     return records
@@ -116,6 +123,20 @@ def _support(lm: LM, seen: Observation) -> list[int]:
     return [] if clash or len(distinct) < 2 else distinct
 
 
+def _bound(lm: LM, seen: Observation, error: Metric | None) -> float | None:
+    """What d_ntp cannot exceed at this hidden error: a quarter of ||U_c||^2 times it. None where the support's logits
+    are no linear map of the state (a soft cap, a head of its own kind)."""
+    support = _support(lm, seen)
+    if error is None or seen.states is None or not support:
+        return None
+    rows = lm.model.get_output_embeddings().weight[support].detach().float().cpu()
+    linear, found = seen.states @ rows.T, seen.logits[:, support]
+    off = (linear - found) - (linear - found).mean(-1, keepdim=True)
+    if float(off.abs().max()) > 1e-2 * float((found - found.mean(-1, keepdim=True)).abs().max()):
+        return None
+    return head_gain(rows) * error.value / 4
+
+
 def _metrics(lm: LM, seen: Observation, examples: list[dict[str, Any]]) -> dict[str, Any]:
     def column(name: str) -> list[Any]:
         return [record[name] for record in examples if record.get(name) is not None]
@@ -123,7 +144,7 @@ def _metrics(lm: LM, seen: Observation, examples: list[dict[str, Any]]) -> dict[
     gold, labels = [record["output"] for record in examples], seen.split.spec.labels
     hit = "correct" if labels is None else "label_correct"
     wrong = [record[hit] for record in examples if record.get("icl_wrong")]
-    narrow = column("d_ntp")
+    narrow, error = column("d_ntp"), results.mean(np.array(column("hidden_error")))
     return {
         "accuracy": results.proportion(column("correct")),
         "first_token_accuracy": results.proportion(column("first_token_correct")),
@@ -133,6 +154,9 @@ def _metrics(lm: LM, seen: Observation, examples: list[dict[str, Any]]) -> dict[
         "d_ntp": results.mean(np.array(narrow)),
         "d_ntp_support": len(_support(lm, seen)) if narrow else None,
         "d_ntp_full": results.mean(np.array(column("d_ntp_full"))),
+        "label_logit_error": results.mean(np.array(column("label_logit_error"))),
+        "hidden_error": error,
+        "d_ntp_bound": _bound(lm, seen, error),
         "agreement": results.proportion(column("agrees")),
         "when_icl_wrong": results.proportion(wrong),
     }

@@ -32,7 +32,7 @@ _NEUTRAL: Mapping[str, Any] = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Meter:
     """Tokens and forward passes counted while it is open."""
 
@@ -282,6 +282,11 @@ class LM:
         finally:
             self._meters.remove(meter)
 
+    def charge(self, tokens: int) -> None:
+        """Count tokens that were computed for an earlier, equal request."""
+        for meter in self._meters:
+            meter.tokens += tokens
+
     @contextmanager
     def announced(self, prompts: Sequence[Encoded]) -> Iterator[None]:
         """Tell `inject` which prompts the model runs on inside."""
@@ -295,7 +300,7 @@ class LM:
     def unproved(self) -> Iterator[None]:
         """Inside, packed passes are proved anew: for a model that was changed. What was known before counts after."""
         kept = self.proofs
-        self.proofs = {name: proof for name, proof in kept.items() if name not in ("packed", "staggered")}
+        self.proofs = {name: proof for name, proof in kept.items() if name not in ("packed", "staggered", "shared")}
         try:
             yield
         finally:

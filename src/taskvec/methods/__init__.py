@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints, runtime_checkable
 
-from taskvec.errors import InputError, UnknownName
+from taskvec.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from taskvec.evaluate import Condition
@@ -69,7 +69,7 @@ def get(name: str) -> type[Any]:
     """The class of a method. Raises `UnknownName`."""
     target = METHODS.get(name) or next((entry.value for entry in _entries() if entry.name == name), None)
     if target is None:
-        raise UnknownName("a method", repr(name), f"name one of: {', '.join(names())}, random")
+        raise unknown("a method", name, [*names(), "random"])
     module, _, attribute = target.partition(":")
     method: type[Any] = getattr(import_module(module), attribute)
     return method

@@ -50,6 +50,11 @@ class Packed:
         first = self.prompts[0]
         return min(min(self.starts), *(first.shared(prompt) for prompt in self.prompts))
 
+    @property
+    def once(self) -> int:
+        """Tokens that are run once for all trials: the shared prefix, and each prompt up to its start."""
+        return self.shared + sum(start - self.shared for start in self.starts)
+
     @cached_property
     def _root(self) -> tuple[Tree, int]:
         empty = Tree(self.lm)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from taskvec.errors import DataError, UnknownName
+from taskvec.errors import DataError, unknown
 from taskvec.prompts import Example, PromptFormat
 from taskvec.tasks.staicc import DATASETS, read_dataset
 from taskvec.tasks.task import Task, TaskSpec
@@ -116,8 +116,7 @@ def _find(source: str | Path) -> Path:
         builtin = folder / f"{_plain_name(source)}.jsonl"
         if path.name == str(source) and os.path.isfile(builtin):
             return builtin
-    names = ", ".join([*builtin_tasks(), *DATASETS])
-    raise UnknownName("a task file or a built-in task", repr(str(source)), f"check the path, or name one of: {names}")
+    raise unknown("a task file or a built-in task", str(source), [*builtin_tasks(), *DATASETS])
 
 
 def _example(line: str, place: str) -> Example:
