@@ -484,3 +484,24 @@ def test_a_sum_is_saved_and_loaded_as_any_vector(tmp_path: Any) -> None:
     loaded = TaskVector.from_pretrained(tmp_path / "v")
     assert loaded.origin == both.origin
     assert torch.equal(injected(loaded), injected(both))
+
+
+def test_a_head_inside_an_affine_layer_has_no_sum_in_either_order() -> None:
+    wide, narrow = 32, 8
+    read, write = torch.eye(2, wide), torch.ones(2, wide)
+    layer = TaskVector((Edit(Site("heads", 1), Affine(read, write)),))
+    head = TaskVector((Edit(Site("heads", 1, 2), Add(torch.ones(narrow))),))
+    for one, two in ((layer, head), (head, layer)):
+        with pytest.raises(InputError, match="whose order counts"):
+            one + two
+    apart = TaskVector((Edit(Site("heads", 2, 2), Add(torch.ones(narrow))),))
+    assert len((layer + apart).edits) == 2
+
+
+@ways
+def test_put_together_the_test_items_of_every_part_are_watched(way: str) -> None:
+    one, two = owned(1, origin()), owned(2, origin("labels"), task="other")
+    made = WAYS[way](one, two).origin
+    assert made is not None
+    kept = {o.data_hash: o.n_test for o in (origin(), origin("labels"))}
+    assert kept.items() <= made.kept_away.items()

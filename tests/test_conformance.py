@@ -65,24 +65,24 @@ ADAPTING: tuple[Method, ...] = (
     PromptTuning(length=2, **BOUNDED),
 )
 PREDICTING: tuple[Method, ...] = (LinearProbe(queries=9, folds=2), Calibration())
-COSTS: dict[str, tuple[int | None, int]] = {  # gold labels and unlabelled queries read: 3 shots, 3 dev items, queries
+COSTS: dict[str, tuple[int | None, int | None]] = {  # gold labels and unlabelled queries read: 3 shots, 3 dev items
     "zero-shot": (0, 0),
     "few-shot": (3, 0),
     "hendel": (3 + 3, 2),
     "mean-difference": (3 + 3, 5),
     "linear": (3, 8),
-    "learned": (3 + 3 + 8, 0),
-    "function-vector": (None, 0),  # distinct train items of random prompts: a count of its own below
-    "learnable": (None, 0),
+    "learned": (3 + 8, 0),
+    "function-vector": (None, None),  # distinct train items of random prompts: a count of its own in its own tests
+    "learnable": (None, None),
     "state-vector": (3 + 3, 2),
     "i2cl": (3, 0),
     "icv": (3, 0),
-    "elicit": (None, 0),
-    "lora": (None, 0),  # four queries, of which some may be demonstrations
-    "prefix-tuning": (None, 0),
-    "prompt-tuning": (None, 0),
-    "linear-probe": (3 + 9, 0),
-    "calibration": (3, 0),
+    "elicit": (None, None),
+    "lora": (4 + 3, 0),
+    "prefix-tuning": (4 + 3, 0),
+    "prompt-tuning": (4 + 3, 0),
+    "linear-probe": (9, 0),
+    "calibration": (0, 0),
 }
 SEED = 1
 
@@ -305,7 +305,7 @@ def check_cost_counted(method: Method, lm: LM) -> None:
     assert cost.tokens == expected.tokens == sum(seen)
     assert cost.seconds > 0
     labels, queries = COSTS[method.name]
-    assert cost.queries == queries
+    assert cost.queries == queries if queries is not None else 0 < cost.queries <= 4
     assert cost.labels == labels if labels is not None else 3 < cost.labels <= len(task().train) + 3
     assert (cost.tokens > 0) == (method not in PROMPTED)
 

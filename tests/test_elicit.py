@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -672,3 +673,32 @@ def test_another_good_vector_in_an_entrys_place_is_refused(folder: Path) -> None
     entry(9, "walk talk", 2).save_pretrained(folder / "0001")
     with pytest.raises(VectorCorrupt, match="0001 is not the one that was saved"):
         ElicitLibrary.from_pretrained(folder)
+
+
+def test_a_query_is_its_own_characters_whatever_its_tokens_hold() -> None:
+    lm = exact_lm("llama")
+    for template in ("{input} ->{output}\n", "({input}) ={output}\n", "{input}?{output}\n"):
+        format = PromptFormat.named(template)
+        encoded = lm.encode(format.prompt("red blue", (Example("walk", "talk"),)))
+        assert import_module("taskvec.methods.elicit").query_text(encoded) == "red blue"
+    assert import_module("taskvec.methods.elicit").query_text(lm.encode("walk talk")) == "walk talk"
+
+
+def test_entries_and_library_know_their_own_tasks_answers_and_data() -> None:
+    lm = exact_lm("llama")
+    short, long = tiny.tiny_task(shots=3), tiny.tiny_task(shots=3, n_test=6)
+    spec = replace(long.spec, name="long", data_hash="another", outputs=("red " * 9 + "blue",))
+    train, dev = replace(long.train, spec=spec), replace(long.dev, spec=spec)
+    made = replace(SMALL, retriever="dense").fit(lm, [short.train, train], [short.dev, dev])
+    limits = {o.task: o.max_new_tokens for o in (entry.origin for entry in made.entries) if o is not None}
+    assert limits["long"] > limits[short.name] > 0
+    assert made.origin.max_new_tokens == limits["long"]
+    assert made.origin.kept_away == {short.spec.data_hash: short.spec.n_test, "another": 6}
+
+
+def test_without_bm25s_nothing_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    lm, task = exact_lm("llama"), open_task()
+    with pytest.raises(MissingPackage), lm.metered() as meter:
+        SMALL.fit(lm, task.train, task.dev)
+    assert meter.passes == 0

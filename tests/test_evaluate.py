@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from taskvec import results
@@ -19,7 +21,7 @@ from taskvec.comparison import compare, compare_once
 from taskvec.errors import InputError, VectorMismatch
 from taskvec.evaluate import Condition, choose, observe, random_like, score, score_observed
 from taskvec.evaluate.cost import cached_query_cost, query_cost
-from taskvec.evaluate.metrics import d_ntp, kl
+from taskvec.evaluate.metrics import d_ntp, head_gain, hidden_error, kl, label_logit_error
 from taskvec.evaluate.scoring import few_shot
 from taskvec.hooks import capture, inject
 from taskvec.lm import LM, Encoded
@@ -407,8 +409,12 @@ def test_test_items_that_the_vector_may_have_seen_are_refused() -> None:
         score(lm(), large.test, vector)
     assert score(lm(), small.test, vector).rows[0].n == 6
     assert score(lm(), small.test, fitted(HendelTaskVector(layer=1), large)).rows[0].n == 6
-    other = words_task(["good", "bad"], labels=True)  # other data: nothing to have seen
-    assert score(lm(), other.test, vector).rows[0].n == 8
+    other = words_task(["good", "bad"], labels=True)  # other data, of which the vector has seen the demonstrations only
+    assert set(origin_of(vector).demos) & set(other.test.examples)
+    with pytest.raises(InputError, match="1 of its demonstrations among them"):
+        score(lm(), other.test, vector)
+    apart = type(other.test)(other.spec, tuple(e for e in other.test.examples if e not in origin_of(vector).demos))
+    assert score(lm(), apart, vector).rows[0].n == len(apart) > 0
 
 
 # --- the random control -----------------------------------------------------------------------------------------------
@@ -662,15 +668,6 @@ def test_choose_reads_the_first_dev_items_only_and_breaks_ties_by_logprob_then_o
     assert choose(lm(), wrong, [candidates[found.best]] * 3).best == 0
 
 
-def test_choose_on_few_shot_prompts() -> None:
-    task = label_task()
-    demos = origin_of(linear(True)).demos
-    found = choose(lm(), task.dev, [TaskVector(())], shown=demos)
-    seen = observe(lm(), task.dev, few_shot(origin_of(linear(True))))
-    hits = [said == e.output for said, e in zip(seen.predictions, task.dev.examples, strict=True)]
-    assert found.accuracy == pytest.approx((sum(hits) / len(hits),))
-
-
 @pytest.mark.parametrize(
     ("text", "settled"),
     [
@@ -687,7 +684,7 @@ def test_choose_on_few_shot_prompts() -> None:
 def test_choose_goes_on_while_an_answer_may_become_the_gold_one(text: str, settled: bool) -> None:
     """A character of several tokens shows as U+FFFD until its last: that is no wrong answer yet."""
     dev = Dev(open_task().spec, (Example("coffee", "café"),))
-    ask = import_module("taskvec.evaluate.choose")._ask(lm(), dev, [Trial(0)], ())
+    ask = import_module("taskvec.evaluate.choose")._ask(lm(), dev, [Trial(0)])
     assert ask.done(0, text) is settled
 
 
@@ -849,3 +846,43 @@ def test_an_averaged_table_has_a_line_per_method() -> None:
     one, two = (row for row in compared().rows if row.method == "linear")
     assert value(lines[-2].d_ntp_full) == pytest.approx((value(one.d_ntp_full) + value(two.d_ntp_full)) / 2)
     assert all(isinstance(row, Row) for row in lines)
+
+
+def test_a_method_that_needs_labels_is_refused_before_any_other_is_fitted() -> None:
+    with pytest.raises(InputError, match="a task with labels"), lm().metered() as meter:
+        compare(lm(), open_task(), ["learned", "calibration"])
+    assert meter.passes == 0
+
+
+# --- errors behind d_ntp ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 6), st.floats(0.01, 30.0))
+def test_a_quarter_of_the_errors_bounds_d_ntp(seed: int, labels: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.randn(12, 7, generator=generator)
+    icl, other = (scale * torch.randn(5, 7, generator=generator) for _ in range(2))
+    support = list(range(labels))
+    apart = label_logit_error(icl @ head.T, other @ head.T, support)
+    narrow = d_ntp(icl @ head.T, other @ head.T, support)
+    assert (narrow <= apart / 4 + 1e-4 * (1 + apart)).all()
+    assert (apart <= head_gain(head[:labels]) * hidden_error(icl, other) * (1 + 1e-4) + 1e-4).all()
+
+
+def test_the_label_logit_error_is_centred_and_the_hidden_error_is_not() -> None:
+    one, two = torch.tensor([[0.0, 3.0, 9.0]]), torch.tensor([[5.0, 4.0, -7.0]])
+    assert label_logit_error(one, two, [0, 1]).item() == pytest.approx(2**2 + 2**2)  # D = (-5, -1), mean -3
+    assert label_logit_error(one, one + 4.0, [0, 1]).item() == pytest.approx(0.0, abs=1e-9)
+    assert hidden_error(one, two).item() == pytest.approx(25 + 1 + 256)
+
+
+def test_a_row_holds_the_errors_and_the_bound() -> None:
+    found = compare(lm(), label_task(), [LinearTaskVector(queries=8)])
+    for name in ("zero-shot", "linear", "random"):
+        row = found[name]
+        assert row.d_ntp is not None
+        assert row.label_logit_error is not None
+        assert row.d_ntp_bound is not None
+        assert 0 < row.d_ntp.value <= row.label_logit_error.value / 4 <= row.d_ntp_bound
+    assert found["few-shot"].d_ntp_bound == 0.0

@@ -471,11 +471,10 @@ def test_published_settings_are_those_of_the_released_text_code() -> None:
     assert LearnableTaskVector.published(lr=0.5) == replace(made, lr=0.5)
 
 
-def test_labels_count_demonstrations_training_answers_and_dev() -> None:
+def test_labels_count_shown_and_training_answers_and_dev() -> None:
     task = label_task()
     clean, lessons = draw(task.train, 4, seed=0), draw(task.train, 4, seed=0, shuffled=True)
     read = {demo.input for one in (*clean, *lessons) for demo in one.demos} | {one.query.input for one in lessons}
-    read |= {demo.input for demo in task.train.demonstrations(seed=0)}
     vector = fitted(steps=1)
     assert vector.origin is not None
     assert vector.origin.cost.labels == len(read) + SMALL["n_dev"]

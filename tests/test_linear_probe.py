@@ -174,7 +174,7 @@ def test_few_shot_targets_read_no_gold_label_beyond_the_demonstrations(monkeypat
 
 def test_gold_targets_count_as_labels_read() -> None:
     probe = fitted(LinearProbe(queries=12))
-    assert (probe.origin.cost.labels, probe.origin.cost.queries) == (3 + 12, 0)
+    assert (probe.origin.cost.labels, probe.origin.cost.queries) == (12, 0)
 
 
 def test_no_queries_means_the_demonstrations_alone() -> None:

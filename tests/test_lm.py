@@ -657,3 +657,21 @@ def test_the_default_model_is_what_its_alias_says(smollm: LM) -> None:
     assert "135M" in ALIASES["smollm2-135m"].about
     assert 130e6 < sum(weight.numel() for weight in smollm.model.parameters()) < 140e6
     assert all(isinstance(block.module, nn.Module) for block in smollm.blocks)
+
+
+def test_answers_of_the_packaged_tiny_model_stop_at_a_string() -> None:
+    lm = LM.load("tiny")
+    free = lm.generate("ba -> ", max_new_tokens=12)
+    assert "\n" in free
+    assert lm.generate("ba -> ", max_new_tokens=12, stop="\n") == free.split("\n")[0]
+    both = lm.generate(["ba -> ", "c -> "], max_new_tokens=12, stop="\n")
+    assert both == [lm.generate(text, max_new_tokens=12, stop="\n") for text in ("ba -> ", "c -> ")]
+
+
+def test_meters_of_equal_counts_are_told_apart() -> None:
+    lm = tiny.tiny_lm("llama")
+    with lm.metered() as outer:
+        with lm.metered() as inner:
+            pass
+        lm.charge(5)
+    assert (outer.tokens, inner.tokens) == (5, 0)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any, ClassVar
@@ -15,15 +16,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from taskvec import methods
-from taskvec.errors import InputError, MissingSite, UnfiredEdit, UnknownName
+from taskvec.errors import InputError, MissingSite, TaskvecError, UnknownName
 from taskvec.evaluate import observe, score
 from taskvec.lm import LM
+from taskvec.methods.function_vector import FunctionVector
 from taskvec.methods.hendel import HendelTaskVector
+from taskvec.methods.learnable import LearnableTaskVector
 from taskvec.methods.learned import LearnedTaskVector
 from taskvec.methods.linear import LinearTaskVector, ridge_dual
 from taskvec.methods.mean_difference import MeanDifference
 from taskvec.methods.prompted import FewShot, ZeroShot
 from taskvec.prompts import Example
+from taskvec.replay import Ask
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Task, answer_nll
 from taskvec.vector import Add, Affine, Edit, Origin, Replace, TaskVector, Where
@@ -424,7 +428,7 @@ def test_learned_is_adamw_on_the_whole_answers(monkeypatch: pytest.MonkeyPatch) 
     assert theta.abs().max() > 0.1
     torch.testing.assert_close(thetas_of(vector)[1, -1], theta.detach(), atol=1e-4, rtol=0)
     assert seen.steps == [5]
-    assert origin_of(vector).cost.labels == 3 + 6 + len(task.dev)
+    assert origin_of(vector).cost.labels == 6 + len(task.dev)
 
 
 @pytest.mark.parametrize("layers", [1, (0, 2)])
@@ -589,7 +593,7 @@ def test_learned_starts_uniformly_within_init() -> None:
     lm, task = exact_lm("llama"), open_task()
     starts = [
         thetas_of(
-            LearnedTaskVector(layer=(0, 1), lr=0.0, init=0.1, steps=1, queries=2, n_dev=2).fit(
+            LearnedTaskVector(layer=(0, 1), lr=1e-30, init=0.1, steps=1, queries=2, n_dev=2).fit(
                 lm, task.train, task.dev, seed=seed
             )
         )
@@ -624,12 +628,12 @@ def test_learned_presets_use_their_rate_in_training(monkeypatch: pytest.MonkeyPa
 def test_learned_refuses_a_rate_that_leaves_no_finite_loss() -> None:
     lm, task = exact_lm("llama"), open_task()
     with pytest.raises(InputError, match="no finite dev loss"):
-        LearnedTaskVector(layer=1, lr=float("nan"), steps=2, queries=2, n_dev=2).fit(lm, task.train, task.dev)
+        LearnedTaskVector(layer=1, lr=float("inf"), steps=2, queries=2, n_dev=2).fit(lm, task.train, task.dev)
 
 
 def test_learned_positions_before_every_prompt_are_an_error_not_a_zero_vector() -> None:
     lm, task = exact_lm("llama"), open_task()
-    with pytest.raises(UnfiredEdit):
+    with pytest.raises(InputError, match="-50 in a prompt of"):
         LearnedTaskVector(layer=1, positions=(-50,), steps=1, queries=2).fit(lm, task.train, task.dev)
 
 
@@ -760,7 +764,7 @@ def test_bad_fields_are_named_in_the_error(name: str, settings: dict[str, str], 
 
 
 def test_an_unknown_method_names_those_there_are() -> None:
-    with pytest.raises(UnknownName, match=r"'lerned'; name one of: zero-shot, .*learned, .*random"):
+    with pytest.raises(UnknownName, match=r"'lerned'; did you mean learned\? name one of: zero-shot, .*random"):
         methods.get("lerned")
     with pytest.raises(UnknownName):
         methods.make("hendel-task-vector")
@@ -794,3 +798,56 @@ def test_a_third_partys_entry_point_is_found_and_cannot_shadow_ours(monkeypatch:
     assert methods.get("hendel") is HendelTaskVector
     with pytest.raises(InputError, match=r"for their-method\.depth"):
         methods.make("their-method", {"depth": "deep"})
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (LearnedTaskVector(lr=-0.05), r"learned\.lr above 0"),
+        (LearnedTaskVector(lr=0.0), r"learned\.lr above 0"),
+        (LearnedTaskVector(lr_rms=-1.0), r"learned\.lr_rms above 0"),
+        (LearnedTaskVector(weight_decay=-1.0), r"learned\.weight_decay of 0 or more"),
+        (LearnedTaskVector(patience=0), r"learned\.patience of at least 1"),
+        (LearnedTaskVector(positions=(-50,)), "-50 in a prompt of"),
+        (HendelTaskVector(layer=99), "a layer from 0 to 2"),
+        (MeanDifference(site="resid[99]"), "a layer from 0 to 2"),
+        (MeanDifference(site="embed"), "a site that demonstrations change"),
+        (LinearTaskVector(site="embed"), "a site that demonstrations change"),
+        (LinearTaskVector(where="role(separator)"), "tokens that a zero-shot prompt has"),
+        (FunctionVector(where="role(nonsense)"), "tokens that a zero-shot prompt has"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_pass(method: Any, said: str) -> None:
+    lm, task = exact_lm("llama"), open_task()
+    with pytest.raises(TaskvecError, match=said), lm.metered() as meter:
+        method.fit(lm, task.train, task.dev)
+    assert meter.passes == 0
+
+
+def test_labels_only_is_refused_before_any_pass_where_labels_share_a_first_token() -> None:
+    lm = exact_lm("llama")
+    task = tiny.tiny_task(shots=3, labels=True)
+    spec = replace(task.spec, labels=("red", "red blue"), outputs=("red", "red blue"))
+    train = replace(task.train, spec=spec)
+    with pytest.raises(InputError, match="first tokens of their own"), lm.metered() as meter:
+        LinearTaskVector(labels_only=True).fit(lm, train, task.dev)
+    assert meter.passes == 0
+
+
+@pytest.mark.parametrize("method", [FunctionVector(), LearnableTaskVector()])
+def test_one_shot_has_no_labels_to_shuffle(method: Any) -> None:
+    lm, task = exact_lm("llama"), tiny.tiny_task(shots=1)
+    with pytest.raises(InputError, match="at least two shots"), lm.metered() as meter:
+        method.fit(lm, task.train, task.dev)
+    assert meter.passes == 0
+
+
+def test_a_teacher_that_stops_by_an_end_token_teaches_the_stop() -> None:
+    lm = exact_lm("llama")
+    red, blue = (lm.tokenizer(word, add_special_tokens=False).input_ids for word in ("red", "blue"))
+    ask = Ask(max_new=20, done=lambda _, text: "blue" in text)
+    with_end = import_module("taskvec.evaluate.lessons")._with_end
+    assert with_end(lm, 0, red, ask) == (*red, min(lm.end_ids, default=0))
+    assert with_end(lm, 0, [], ask) == (min(lm.end_ids, default=0),)
+    assert with_end(lm, 0, red + blue, ask) == (*red, *blue)  # its terminator stands in it
+    assert with_end(lm, 0, red[:1] * 20, ask) == (red[0],) * 20  # cut, not ended

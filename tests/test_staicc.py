@@ -109,3 +109,11 @@ def test_the_sets_are_listed_and_named_in_the_error() -> None:
     assert all(about.labels and about.format for about in datasets().values())
     with pytest.raises(UnknownName, match="sst2"):
         Task.from_jsonl("sst3")
+
+
+def test_no_row_of_sst2_is_a_part_of_another() -> None:
+    """Its train split holds phrases: a test item could else be a part of a train item."""
+    texts = [example.input for example in read_dataset("sst2")]
+    whole = "\n".join(texts)
+    assert len(texts) > 2000
+    assert all(whole.count(text) == 1 for text in texts)

@@ -9,7 +9,7 @@ import numpy as np
 from taskvec import methods as registry
 from taskvec import results
 from taskvec.errors import InputError
-from taskvec.evaluate import Condition, Observation, ShuffledPairing, observe, random_like, score_observed
+from taskvec.evaluate import Condition, Observation, ShuffledPairing, need_labels, observe, random_like, score_observed
 from taskvec.evaluate.metrics import kl
 from taskvec.lm import LM
 from taskvec.methods import Method
@@ -66,7 +66,11 @@ def compare_once(
     """`compare` for one seed, with what was fitted."""
     if seed < 0:
         raise InputError("a seed of 0 or more", str(seed), "name another")
-    fitted = _fit_all(lm, task, with_controls(methods), seed)
+    asked = with_controls(methods)
+    for method in asked:
+        if getattr(method, "needs_labels", False):
+            need_labels(task.spec, method.name)
+    fitted = _fit_all(lm, task, asked, seed)
     fitted |= {f"vector {i}": vector for i, vector in enumerate(vectors)}
     fitted |= {name + SHUFFLED: ShuffledPairing(c, seed) for name, c in fitted.items() if isinstance(c, VectorSource)}
     candidates = [name for name in fitted if is_candidate(name, fitted[name])] or ["mean-difference"]

@@ -105,7 +105,7 @@ def capture(lm: LM, sites: Sequence[Site | str], *, columns: Int[Tensor, " k"] |
     wanted = [Site.parse(site) for site in sites]
     prove(lm)
     for site in wanted:
-        _require(lm, site)
+        require(lm, site)
     seen, running = Captured(), list[Pass]()
 
     def reader(site: Site) -> Transform:
@@ -223,7 +223,7 @@ def check_fits(lm: LM, vector: TaskVector | VectorSource | Adapted | Predictor |
     if not isinstance(vector, TaskVector):
         return
     for edit in vector.edits:
-        _require(lm, edit.site)
+        require(lm, edit.site)
         if edit.op.width != lm.width(edit.site):
             found = f"an op of width {edit.op.width}"
             raise VectorMismatch(f"width {lm.width(edit.site)} at {edit.site}", found, "use the model it was made for")
@@ -285,7 +285,8 @@ def _not_additive(lm: LM, seen: Mapping[Site, Tensor]) -> dict[Site, str]:
     return out
 
 
-def _require(lm: LM, site: Site) -> None:
+def require(lm: LM, site: Site) -> None:
+    """Raise `MissingSite` for a site that a model lacks or that failed its proof."""
     lm.point(site)
     reason = lm.proofs.get("sites", {}).get(site.whole)
     if reason is not None:

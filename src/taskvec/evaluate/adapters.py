@@ -80,9 +80,10 @@ def adapted(lm: LM, config: Any) -> Iterator[dict[str, nn.Parameter]]:
     base = lm.model
     flags = {name: p.requires_grad for name, p in base.named_parameters()}
     _ = lm.fingerprint, lm.inner  # of the model as it is without
-    wrapped = _wrapped(base, config)
     soft = bool(config.is_prompt_learning)
+    wrapped = None
     try:
+        wrapped = _wrapped(base, config)
         if soft:
             lm.model = _SoftPrompted(wrapped)
         with lm.unproved():
@@ -91,7 +92,7 @@ def adapted(lm: LM, config: Any) -> Iterator[dict[str, nn.Parameter]]:
             yield {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     finally:
         lm.model = base
-        if not soft:
+        if wrapped is not None and not soft:
             wrapped.unload()
         for name, p in base.named_parameters():
             p.requires_grad = flags[name]
@@ -106,10 +107,18 @@ def _wrapped(base: Any, config: Any) -> Any:
         try:
             return peft().get_peft_model(base, config).eval()
         except ValueError as error:
+            _put_back(base)
             found = str(error).splitlines()[0]
             raise InputError(
                 "modules that the adapter fits", found, "name the model's own, e.g. lora.targets"
             ) from None
+
+
+def _put_back(base: nn.Module) -> None:
+    """The modules that peft had replaced before it gave up."""
+    for name, module in list(base.named_modules()):
+        if hasattr(module, "base_layer"):
+            base.set_submodule(name, module.base_layer)
 
 
 class _SoftPrompted(nn.Module):

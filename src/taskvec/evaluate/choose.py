@@ -10,7 +10,6 @@ from taskvec.evaluate.fitting import Fitting
 from taskvec.evaluate.observe import encode_answers
 from taskvec.evaluate.shared import engine_of
 from taskvec.lm import LM
-from taskvec.prompts import Example
 from taskvec.replay import Answers, Ask, Trial
 from taskvec.replay.trials import first_edited
 from taskvec.tasks import Dev
@@ -30,19 +29,17 @@ class Choice:
     logprob: tuple[float, ...]
 
 
-def choose(
-    lm: LM, dev: Dev, candidates: Sequence[TaskVector], *, shown: Sequence[Example] = (), limit: int | None = None
-) -> Choice:
+def choose(lm: LM, dev: Dev, candidates: Sequence[TaskVector], *, limit: int | None = None) -> Choice:
     """The candidate with the highest accuracy on the first `limit` dev items; ties by log-probability, then by order.
 
     Label accuracy where the task has labels, else exact greedy answers. The prompts are run once; each candidate then
     costs its edited tokens and its answers.
     """
     dev = replace(dev, examples=dev.examples[:limit])
-    prompts = [lm.encode(dev.spec.format.prompt(example.input, shown)) for example in dev.examples]
+    prompts = [lm.encode(dev.spec.format.prompt(example.input)) for example in dev.examples]
     trials = [Trial(i, vector) for vector in candidates for i in range(len(prompts))]
     starts = [min(first_edited(prompt, vector) for vector in candidates) for prompt in prompts]
-    answers = engine_of(lm, prompts, starts).answer(trials, _ask(lm, dev, trials, shown))
+    answers = engine_of(lm, prompts, starts).answer(trials, _ask(lm, dev, trials))
     hits = torch.tensor(_hits(lm, dev, trials, answers)).float().reshape(len(candidates), -1).mean(1)
     logs = answers.kept.reshape(len(candidates), -1).mean(1)
     best = max(range(len(candidates)), key=lambda c: (float(hits[c]), float(logs[c]), -c))
@@ -58,9 +55,9 @@ def pick(fitting: Fitting, dev: Dev, candidates: Sequence[TaskVector], n_dev: in
     return choice.best, choice.accuracy
 
 
-def _ask(lm: LM, dev: Dev, trials: Sequence[Trial], shown: Sequence[Example]) -> Ask:
+def _ask(lm: LM, dev: Dev, trials: Sequence[Trial]) -> Ask:
     """Each trial's log-probability of the gold answer's first token, and its labels or its greedy answer."""
-    golds, labels, longest = encode_answers(lm, dev, shown)
+    golds, labels, longest = encode_answers(lm, dev)
     ends = dev.spec.format.terminator
 
     def settled(trial: int, text: str) -> bool:

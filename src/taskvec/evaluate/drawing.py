@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from taskvec.errors import InputError
 from taskvec.evaluate.fitting import Fitting
 from taskvec.lm import LM, Encoded
 from taskvec.lm.structure import linear_part
@@ -39,9 +40,19 @@ def draw(train: Train, n: int, *, seed: int, shuffled: bool = False) -> tuple[Dr
     return tuple(out)
 
 
+def need_two_shots(train: Train, method: str) -> None:
+    """Raise `InputError` where there is nothing to shuffle."""
+    if train.spec.shots < 2:
+        wanted = f"at least two shots, whose labels {method} shuffles"
+        raise InputError(wanted, f"shots = {train.spec.shots}", "raise --shots")
+
+
 def _permuted(demos: Sequence[Example], rng: random.Random) -> tuple[Example, ...]:
-    outputs = [demo.output for demo in demos]
-    rng.shuffle(outputs)
+    """The same inputs under each other's outputs; not all under their own, unless all outputs are one."""
+    own = [demo.output for demo in demos]
+    outputs = list(own)
+    while outputs == own and len(set(own)) > 1:
+        rng.shuffle(outputs)
     return tuple(replace(demo, output=output) for demo, output in zip(demos, outputs, strict=True))
 
 

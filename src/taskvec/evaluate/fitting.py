@@ -19,7 +19,7 @@ from taskvec.prompts import Example
 from taskvec.replay import packs
 from taskvec.replay.stagger import staggers
 from taskvec.sites import Site
-from taskvec.tasks import Dev, Train
+from taskvec.tasks import Dev, Split, Train
 from taskvec.vector import Cost, ModelId, Origin
 from taskvec.vector.origin import FormatRecord
 
@@ -35,6 +35,28 @@ def single(train: Train | Sequence[Train], dev: Dev | Sequence[Dev]) -> tuple[Tr
     return trains[0], devs[0]
 
 
+def changed_by_context(lm: LM, site: Site) -> None:
+    """Check a site at which demonstrations can change the last token's state: all but `embed`."""
+    lm.point(site)
+    if site.kind == "embed":
+        raise InputError("a site that demonstrations change", "embed: a token's own embedding", "use resid[l]")
+
+
+def above_zero(method: Any, *names: str) -> None:
+    """Raise `InputError` where one of these hyper-parameters is not a number above 0 (None: left to the method)."""
+    for name in names:
+        value = getattr(method, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{method.name}.{name} above 0", str(value), "mend it")
+
+
+def never_negative(method: Any, *names: str) -> None:
+    """Raise `InputError` where one of these hyper-parameters is below 0 or no number."""
+    for name in names:
+        if not getattr(method, name) >= 0:
+            raise InputError(f"{method.name}.{name} of 0 or more", str(getattr(method, name)), "mend it")
+
+
 def at_least_one(method: Any, *names: str) -> None:
     """Raise `InputError` where one of these hyper-parameters, each a number of things, is below 1."""
     for name in names:
@@ -46,7 +68,8 @@ def at_least_one(method: Any, *names: str) -> None:
 class Fitting:
     """One fit in progress: the seed's demonstrations, and what has been spent so far.
 
-    `read` holds the train inputs whose gold outputs were read; `labels` counts those of dev.
+    `read` holds the inputs whose gold outputs were read, each counted once; `labels` counts more of them, known to be
+    others; `queries` counts inputs read without their outputs.
     """
 
     lm: LM
@@ -63,19 +86,25 @@ class Fitting:
     @classmethod
     @contextmanager
     def of(cls, lm: LM, method: Any, train: Train, *, seed: int) -> Iterator["Fitting"]:
-        """Start the clock and the token count. The demonstrations' labels count as read."""
+        """Start the clock and the token count."""
         demos = train.demonstrations(seed=seed)
         prove(lm)  # all are done once per model: no part of what this fit costs
         if packs(lm) is None:
             staggers(lm)
         with lm.metered() as meter:
-            yield cls(lm, method, train, seed, demos, meter, read={demo.input for demo in demos})
+            yield cls(lm, method, train, seed, demos, meter)
+
+    def show(self) -> tuple[Example, ...]:
+        """The seed's demonstrations, for prompts that show them: their labels count as read."""
+        self.read |= {demo.input for demo in self.demos}
+        return self.demos
 
     def states(
         self, examples: Sequence[Example], sites: Sequence[Site], *, shown: Sequence[Example] = ()
     ) -> Mapping[Site, Float[Tensor, "n w"]]:
         """The states at the last prompt token of each example's prompt behind the demonstrations `shown`."""
         format = self.train.spec.format
+        self.read |= {example.input for example in shown}
         return self.states_of([self.lm.encode(format.prompt(example.input, shown)) for example in examples], sites)
 
     def states_of(self, prompts: Sequence[Encoded], sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "n w"]]:
@@ -103,7 +132,7 @@ class Fitting:
             seed=self.seed,
             demos=self.demos,
             prompt=prompt,
-            max_new_tokens=self._longest(),
+            max_new_tokens=longest_answer(self.lm, self.train),
             cost=Cost(
                 labels=len(self.read) + self.labels, queries=self.queries, tokens=self.meter.tokens, seconds=seconds
             ),
@@ -111,10 +140,12 @@ class Fitting:
             found=_plain(found or {}),
         )
 
-    def _longest(self) -> int:
-        from taskvec.evaluate.observe import first_tokens
 
-        return max(len(ids) for ids in first_tokens(self.lm, self.train, terminator=True))
+def longest_answer(lm: LM, split: Split) -> int:
+    """The tokens of a task's longest answer, with its terminator."""
+    from taskvec.evaluate.observe import first_tokens
+
+    return max(len(ids) for ids in first_tokens(lm, split, terminator=True))
 
 
 def _plain(value: Any) -> Any:

@@ -83,7 +83,7 @@ def distilled(
     """
     engine = replay(lm, teachers)
     answers = engine.answer([Trial(i) for i in range(len(teachers))], ask).tokens
-    targets = [tuple(answer) or (min(lm.end_ids, default=0),) for answer in answers]
+    targets = [_with_end(lm, i, answer, ask) for i, answer in enumerate(answers)]
     references: dict[int, Tensor] = {}
     for numbers, logits in engine.batches([Trial(i, None, target[:-1]) for i, target in enumerate(targets)]):
         references |= dict(zip(numbers, (out.float().cpu() for out in logits), strict=True))
@@ -92,3 +92,10 @@ def distilled(
         return kl(references[i].to(logits.device), logits).mean()
 
     return Lessons(replay(lm, students, starts=starts, keep=True), tuple(targets), loss)
+
+
+def _with_end(lm: LM, i: int, answer: Sequence[int], ask: Ask) -> tuple[int, ...]:
+    """An answer that the teacher ended by an end token, with one: the student learns its distribution there too. Which
+    one it was does not matter, as nothing is read behind it."""
+    full = len(answer) == ask.max_new or ask.done(i, lm.decode(answer))
+    return tuple(answer) if full else (*answer, min(lm.end_ids, default=0))

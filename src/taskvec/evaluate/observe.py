@@ -18,7 +18,7 @@ from taskvec.replay import Ask, Packed, Plain, Trial, replay
 from taskvec.replay.trials import first_edited
 from taskvec.sites import Site
 from taskvec.tasks import Split, TaskSpec, Test
-from taskvec.vector import Adapted, Origin, Predictor, TaskVector, VectorSource
+from taskvec.vector import Adapted, Origin, Predictor, TaskVector, VectorSource, Where
 
 Condition = TaskVector | VectorSource | Adapted | Predictor | None
 """What is scored: a vector, a source, an adapted model, a predictor; None is the bare zero-shot prompt."""
@@ -145,6 +145,15 @@ def first_tokens(lm: LM, split: Split, *, terminator: bool = False) -> list[tupl
     return [lm.answer_ids(prompt, output, split.spec.format, terminator=terminator) for output in split.spec.outputs]
 
 
+def reaching(lm: LM, split: Split, where: str) -> Where:
+    """The tokens `where` names. Raises `InputError` for a role or position that the task's prompts don't have."""
+    found, prompt = Where.parse(where), lm.encode(split.spec.format.prompt(split.examples[0].input))
+    if not found.tokens(prompt.prompt_length, prompt.roles):
+        has = f"where = {where}, which is nowhere in a prompt of {prompt.prompt_length} tokens"
+        raise InputError("tokens that a zero-shot prompt has", has, f"name others, or a role of {sorted(prompt.roles)}")
+    return found
+
+
 def check_template(spec: TaskSpec, origin: Origin | None) -> None:
     """Refuse a vector that was made under another prompt format."""
     if origin is not None and origin.format.hash != spec.format.hash:
@@ -157,12 +166,16 @@ def check_template(spec: TaskSpec, origin: Origin | None) -> None:
 
 def _check_unseen(split: Split, origin: Origin | None) -> None:
     """Refuse test items of the very data a vector was fitted on, where a larger test split would reach into its
-    train."""
-    if not isinstance(split, Test) or origin is None or origin.data_hash != split.spec.data_hash:
+    train; and its own demonstrations as test items, where the data has changed since."""
+    if not isinstance(split, Test) or origin is None:
         return
-    if split.spec.n_test > origin.n_test:
+    kept = origin.kept_away.get(split.spec.data_hash)
+    if kept is not None and split.spec.n_test > kept:
         found = f"{split.spec.n_test}: some of them were in its dev or train split"
-        raise InputError(f"at most the {origin.n_test} test items kept from the vector", found, "lower --n-test")
+        raise InputError(f"at most the {kept} test items kept from the vector", found, "lower --n-test")
+    if seen := set(origin.demos) & set(split.examples):
+        found = f"{len(seen)} of its demonstrations among them: the data was changed after it was fitted"
+        raise InputError("test items that the vector has not seen", found, "fit it again on this data")
 
 
 def _engine(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from taskvec.errors import MissingSite
 from taskvec.lm import LM, Encoded
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
 from taskvec.sites import Site
@@ -89,12 +88,5 @@ def _asked(lm: LM, prompts: Sequence[Encoded], sites: Sequence[Site]) -> States:
 
 def _everywhere(lm: LM) -> list[Site]:
     """The sites methods read most: one pass serves whoever comes."""
-    found = []
-    for site in lm.sites():
-        if site.kind in ("resid", "heads", "lm_head_in") and site not in lm.proofs["sites"]:
-            try:
-                lm.point(site)
-            except MissingSite:
-                continue
-            found.append(site)
-    return found
+    kinds, refused = ("resid", "heads", "lm_head_in"), lm.proofs.get("sites", {})
+    return [site for site in lm.sites() if site.kind in kinds and site not in refused]

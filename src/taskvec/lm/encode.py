@@ -20,7 +20,8 @@ class Encoded:
     """A prompt as token ids, or as embeddings (a function learner's points), with the tokens of each role.
 
     `answer` trailing tokens are a teacher-forced answer: they belong to the sequence, not to the prompt, so that
-    `last_prompt` is the token before them. `text` is what it was encoded from, where there was text.
+    `last_prompt` is the token before them. `text` is what it was encoded from, where there was text;
+    `query` is the query's input in it.
     """
 
     ids: tuple[int, ...] = ()
@@ -28,6 +29,7 @@ class Encoded:
     roles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     answer: int = 0
     text: str = ""
+    query: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.ids) == (self.embeds is not None) or self.prompt_length < 1:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, overload
 
 import torch
@@ -205,7 +205,8 @@ class LM:
         for span in prompt.spans:
             tokens = [i for i, (a, b) in enumerate(offsets) if a < span.stop and b > span.start]
             roles.setdefault(span.role, []).extend(tokens[-1:] if span.role == "separator" else tokens)
-        return self._fitting(Encoded(ids, roles={k: tuple(v) for k, v in roles.items()}, text=prompt.text))
+        query = next((prompt.text[span.start : span.stop] for span in prompt.spans if span.role == "input"), "")
+        return self._fitting(Encoded(ids, None, {k: tuple(v) for k, v in roles.items()}, text=prompt.text, query=query))
 
     def answer_ids(self, prompt: Prompt, output: str, format: PromptFormat, *, terminator: bool) -> tuple[int, ...]:
         """The tokens of an answer behind `prompt`, with or without its terminator.
@@ -367,7 +368,8 @@ class LM:
     ) -> list[list[int]]:
         """The new tokens of each prompt, without end tokens."""
         batch = self.batch(prompts, side="left")
-        options: Mapping[str, Any] = {"stop_strings": [stop], "tokenizer": self.tokenizer} if stop else {}
+        start = batch.mask.shape[1] if batch.ids is not None else 0
+        options = {"stopping_criteria": [partial(self._stopped, stop, start)]} if stop else {}
         pad = getattr(self.tokenizer, "pad_token_id", None)
         inputs = self.inputs(batch)
         inputs.pop("position_ids", None)  # generate makes them from the mask itself
@@ -382,8 +384,13 @@ class LM:
                 pad_token_id=0 if pad is None else pad,
                 use_cache=use_cache,
             )
-        new = out[:, batch.mask.shape[1] :].tolist() if batch.ids is not None else out.tolist()
-        return [self.before_end(row) for row in new]
+        return [self.before_end(row) for row in out[:, start:].tolist()]
+
+    def _stopped(self, stop: str, start: int, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Which rows have `stop` in what they wrote from `start` on. Read off the text: transformers' own stop strings
+        need every token of the vocabulary to have a text of its own."""
+        done = [stop in self.decode(row) for row in ids[:, start:].tolist()]
+        return torch.tensor(done, device=ids.device)
 
     def before_end(self, ids: Sequence[int]) -> list[int]:
         """The tokens before the first end token."""

@@ -78,7 +78,7 @@ class Calibration:
         names = need_labels(train.spec, self.name)
         at_least_one(self, "queries")
         with Fitting.of(lm, self, train, seed=seed) as fitting:
-            shown = fitting.demos if self.prompt == "few-shot" else ()
+            shown = fitting.show() if self.prompt == "few-shot" else ()
             inputs: Sequence[str] = CONTENT_FREE
             if self.how == "batch":
                 inputs = [query.input for query in train.queries(fitting.demos, self.queries, seed=seed)]

@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from taskvec.errors import InputError, MissingPackage, VectorCorrupt
-from taskvec.evaluate import Fitting, at_least_one, pick
+from taskvec.evaluate import Fitting, at_least_one, longest_answer, pick
 from taskvec.evaluate.drawing import draw, encode_drawn, labels_read
 from taskvec.lm import LM, Encoded
 from taskvec.replay import Ask, Trial, replay
@@ -96,7 +96,7 @@ class ElicitLibrary:
 
     def vectors(self, lm: LM, prompts: Sequence[Encoded]) -> list[TaskVector | None]:
         """The mean of the retrieved entries of the commonest site for each prompt; None where none is near enough."""
-        scores = self.scores(lm, [query_text(lm, prompt) for prompt in prompts])
+        scores = self.scores(lm, [query_text(prompt) for prompt in prompts])
         return [self._written(row) for row in scores]
 
     def scores(self, lm: LM, queries: Sequence[str]) -> Float[Tensor, "n e"]:
@@ -173,13 +173,7 @@ class ElicitLibrary:
 
     @cached_property
     def _bm25(self) -> Any:
-        try:
-            import bm25s
-        except ImportError:
-            raise MissingPackage(
-                "the package bm25s, for elicit", "it is not installed", "run: pip install bm25s"
-            ) from None
-        index = bm25s.BM25()
+        index = _bm25s().BM25()
         index.index([_words(text) for text in self._texts], show_progress=False)
         return index
 
@@ -191,12 +185,28 @@ class ElicitLibrary:
         return centre, entries
 
 
-def query_text(lm: LM, prompt: Encoded) -> str:
-    """The query's own words, without the template: what stands at the role `input`, else the whole text."""
+def query_text(prompt: Encoded) -> str:
+    """The query's own words, without the template; else the whole text."""
     if not prompt.ids:
         raise InputError("prompts of text, to retrieve by", "embeddings", "use another method")
-    tokens = prompt.roles.get("input")
-    return (prompt.text if tokens is None else lm.decode([prompt.ids[i] for i in tokens])).strip()
+    return (prompt.query or prompt.text).strip()
+
+
+def _bm25s() -> Any:
+    """The package, imported on use."""
+    try:
+        import bm25s
+    except ImportError:
+        raise MissingPackage("the package bm25s, for elicit", "it is not installed", "run: pip install bm25s") from None
+    return bm25s
+
+
+def _of_all(entries: Sequence[TaskVector]) -> dict[str, Any]:
+    """What a library's origin takes from all of its entries: the data they saw, and the longest answer."""
+    origins = [entry.origin for entry in entries if entry.origin is not None]
+    also = {data: n for origin in origins for data, n in origin.kept_away.items()}
+    also.pop(origins[0].data_hash)
+    return {"also": also, "max_new_tokens": max(origin.max_new_tokens for origin in origins)}
 
 
 def _text(entry: TaskVector) -> str:
@@ -282,8 +292,7 @@ class Elicit:
         at_least_one(self, "prompts", "top", "n_dev")
         if not 0 < self.recall <= 1:
             raise InputError("a recall above 0 and at most 1", f"elicit.recall = {self.recall}", "mend it")
-        if self.encoder:
-            self._check_encoder()
+        self._check_retriever()
         given = self._given(train, dev)
         with Fitting.of(lm, self, given[0][0], seed=seed) as fitting:
             entries, layers = list[TaskVector](), dict[str, int]()
@@ -293,7 +302,14 @@ class Elicit:
             library = ElicitLibrary(tuple(entries), fitting.origin(), 0.0, self.top, self.retriever, self.encoder)
             threshold = self._threshold(lm, library, given)
             found: Mapping[str, Any] = {"layers": layers, "threshold": threshold, "entries": len(entries)}
-            return replace(library, threshold=threshold, origin=fitting.origin(found=found))
+            origin = fitting.origin(found=found).model_copy(update=_of_all(entries))
+            return replace(library, threshold=threshold, origin=origin)
+
+    def _check_retriever(self) -> None:
+        if self.retriever == "bm25":
+            _bm25s()
+        if self.encoder:
+            self._check_encoder()
 
     def _check_encoder(self) -> None:
         if self.retriever != "dense":
@@ -320,13 +336,15 @@ class Elicit:
         """A task's layer and its entries."""
         lm = fitting.lm
         drawn = draw(train, self.prompts, seed=fitting.seed)
-        fitting.read |= labels_read(drawn, queries=False)
+        spec = train.spec
+        fitting.read |= {f"{spec.data_hash} {text}" for text in labels_read(drawn, queries=False)}
+        fitting.queries += len({one.query.input for one in drawn})
         sites = [Site("resid", layer) for layer in range(lm.n_layers)]
         states = fitting.states_of(encode_drawn(lm, train, drawn)[0], sites)
         candidates = [TaskVector((Edit(s, Add(states[s].mean(0)), strength=self.strength),)) for s in sites]
         best, _ = pick(fitting, dev, candidates, self.n_dev)
-        spec = train.spec
         of_task = {"task": spec.name, "data_hash": spec.data_hash, "n_test": spec.n_test, "labels": spec.labels}
+        of_task["max_new_tokens"] = longest_answer(lm, train)
         base = fitting.origin().model_copy(update=of_task)
         entries = [
             TaskVector(

@@ -33,8 +33,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, at_least_one, pick, single
-from taskvec.evaluate.drawing import draw, encode_drawn, head_sites, labels_read, mean_heads, projected_heads
+from taskvec.evaluate import Fitting, at_least_one, pick, reaching, single
+from taskvec.evaluate.drawing import (
+    draw,
+    encode_drawn,
+    head_sites,
+    labels_read,
+    mean_heads,
+    need_two_shots,
+    projected_heads,
+)
 from taskvec.lm import LM, Encoded
 from taskvec.replay import Ask, Trial, replay
 from taskvec.sites import Site
@@ -110,7 +118,7 @@ class FunctionVector:
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> TaskVector:
         """Average the heads, measure their effects, sum the best, choose the layer on dev."""
         train, dev = single(train, dev)
-        where = self._check(lm)
+        where = self._check(lm, train)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             means = mean_heads(fitting, self._clean(fitting))
             ranked, effects = self._ranked(fitting, means)
@@ -123,8 +131,9 @@ class FunctionVector:
             found = {"layer": layers[best], "heads": chosen, "effects": effects[: self.heads], "dev_accuracy": accuracy}
             return TaskVector(candidates[best].edits, fitting.origin(found=found))
 
-    def _check(self, lm: LM) -> Where:
+    def _check(self, lm: LM, train: Train) -> Where:
         at_least_one(self, "heads", "prompts", "trials", "n_dev")
+        need_two_shots(train, self.name)
         count = lm.n_layers * lm.n_heads
         if self.heads > count or (self.prefilter and not self.heads <= self.prefilter <= count):
             found = f"heads = {self.heads}, prefilter = {self.prefilter}"
@@ -133,16 +142,17 @@ class FunctionVector:
             )
         head_sites(lm)
         lm.point(Site("resid", self.layer or 0))
-        return Where.parse(self.where)
+        return reaching(lm, train, self.where)
 
     def _clean(self, fitting: Fitting) -> list[Encoded]:
         train, lm = fitting.train, fitting.lm
         if self.shared:
             queries = train.queries(fitting.demos, self.prompts, seed=fitting.seed)
             fitting.queries += len(queries)
-            return [lm.encode(train.spec.format.prompt(query.input, fitting.demos)) for query in queries]
+            return [lm.encode(train.spec.format.prompt(query.input, fitting.show())) for query in queries]
         drawn = draw(train, self.prompts, seed=fitting.seed)
         fitting.read |= labels_read(drawn, queries=False)
+        fitting.queries += len({one.query.input for one in drawn})
         return encode_drawn(lm, train, drawn)[0]
 
     def _ranked(self, fitting: Fitting, means: Float[Tensor, "L J w"]) -> tuple[list[Head], list[float]]:

@@ -48,6 +48,7 @@ class HendelTaskVector:
         """Read theta at every candidate layer, choose one on dev. No gradient; the dummies' outputs are not read."""
         at_least_one(self, "dummies", "n_dev")
         train, dev = single(train, dev)
+        lm.point(Site("resid", self.layer or 0))
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             dummies = train.queries(fitting.demos, self.dummies, seed=seed)
             fitting.queries += len(dummies)

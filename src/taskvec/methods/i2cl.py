@@ -32,7 +32,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, Lessons, at_least_one, single
+from taskvec.evaluate import Fitting, Lessons, at_least_one, never_negative, single
+from taskvec.hooks import prove, require
 from taskvec.lm import LM, Encoded
 from taskvec.progress import track
 from taskvec.prompts import Example
@@ -93,8 +94,10 @@ class I2CL:
         if not self.lr >= 0:
             raise InputError("a learning rate of 0 or more", f"i2cl.lr = {self.lr}", "raise or lower i2cl.lr")
         sites = [Site(kind, layer) for layer in range(lm.n_layers) for kind in ("attn", "mlp")]
+        never_negative(self, "weight_decay", "noise")
+        prove(lm)
         for site in sites:
-            lm.point(site)
+            require(lm, site)
         with Fitting.of(lm, self, train, seed=seed) as fitting, lm.frozen():
             context = self.context(fitting, sites)
             scalars = torch.tensor([[self.keep, self.weight]] * len(sites))
@@ -109,7 +112,7 @@ class I2CL:
 
     def context(self, fitting: Fitting, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, " w"]]:
         """The context vectors: means over the demonstrations, each run alone. Their order does not matter."""
-        prompts = [self._alone(fitting, demo) for demo in fitting.demos]
+        prompts = [self._alone(fitting, demo) for demo in fitting.show()]
         states = fitting.states_of(prompts, sites)
         return {site: states[site].mean(0) for site in sites}
 
@@ -123,7 +126,7 @@ class I2CL:
         self, fitting: Fitting, context: Mapping[Site, Tensor], start: Tensor
     ) -> tuple[Tensor, list[float]]:
         """The scalars after training, and the mean loss of the first and of the last epoch."""
-        lm, format, demos = fitting.lm, fitting.train.spec.format, fitting.demos
+        lm, format, demos = fitting.lm, fitting.train.spec.format, fitting.show()
         prompts = [format.prompt(demo.input) for demo in demos]
         answers = [
             lm.answer_ids(prompt, demo.output, format, terminator=True)[:1]

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from taskvec.errors import InputError
 from taskvec.evaluate import Fitting, at_least_one, pick, single
+from taskvec.hooks import prove, require
 from taskvec.lm import LM, Encoded
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
@@ -103,17 +104,18 @@ class InContextVector:
             )
         if self.strength is not None and not self.strength > 0:
             raise InputError("a strength above 0", f"icv.strength = {self.strength}", "raise it")
+        prove(lm)
         for layer in range(lm.n_layers):
-            lm.point(Site(self.site, layer))
+            require(lm, Site(self.site, layer))
 
     def differences(self, fitting: Fitting) -> Float[Tensor, "n L1 d"]:
         """H(y_i) - H(x_i): the embedding, and the residual stream behind every block."""
         lm, format = fitting.lm, fitting.train.spec.format
         sites = [Site("embed"), *(Site("resid", layer) for layer in range(lm.n_layers))]
         if self.texts == "bare":
-            pairs = [(lm.encode(demo.input), lm.encode(demo.output)) for demo in fitting.demos]
+            pairs = [(lm.encode(demo.input), lm.encode(demo.output)) for demo in fitting.show()]
         else:
-            prompts = [format.prompt(demo.input) for demo in fitting.demos]
+            prompts = [format.prompt(demo.input) for demo in fitting.show()]
             answers = [
                 lm.answer_ids(prompt, demo.output, format, terminator=False)
                 for prompt, demo in zip(prompts, fitting.demos, strict=True)

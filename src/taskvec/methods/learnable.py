@@ -38,6 +38,7 @@ from taskvec.evaluate.drawing import (
     head_sites,
     labels_read,
     mean_heads,
+    need_two_shots,
     one_slot_each,
     projected_heads,
 )
@@ -136,12 +137,15 @@ class LearnableTaskVector:
         at_least_one(self, "prompts", "trials", "steps", "batch", "check", "n_dev")
         if not self.lr >= 0:
             raise InputError("a learning rate of 0 or more", f"learnable.lr = {self.lr}", "mend it")
+        if self.behind == "shuffled":
+            need_two_shots(train, self.name)
         head_sites(lm)
         check_form(lm, self.form)
         generator = torch.Generator().manual_seed(seed)
         with Fitting.of(lm, self, train, seed=seed) as fitting, lm.frozen():
             clean = draw(train, self.prompts, seed=seed)
             fitting.read |= labels_read(clean, queries=False)
+            fitting.queries += len({one.query.input for one in clean})
             fixed = basis(lm, mean_heads(fitting, encode_drawn(lm, train, clean)[0]), self.form).to(lm.device)
             lessons, looks = self._lessons(fitting, dev)
             start = self.init * torch.randn(fixed.shape[:2], generator=generator).to(lm.device)
@@ -154,7 +158,8 @@ class LearnableTaskVector:
         lm, train = fitting.lm, fitting.train
         shuffled = self.behind == "shuffled"
         drawn = draw(train, self.trials, seed=fitting.seed, shuffled=shuffled)
-        fitting.read |= labels_read(drawn, queries=True)
+        bare = self.behind == "nothing"
+        fitting.read |= {one.query.input for one in drawn} if bare else labels_read(drawn, queries=True)
         fitting.labels += len(dev.examples[: self.n_dev])
         behind = [Drawn(e, one.demos) for e, one in zip(dev.examples[: self.n_dev], drawn * self.n_dev, strict=False)]
         return self._taught(lm, train, drawn), self._taught(lm, dev, behind)

@@ -15,7 +15,7 @@ look at dev the worse half of the layers goes, until one is left.
 **Where we differ.** The whole answer *with its terminator* is trained (else the vector does not know when to
 stop); `resid[l]` is the output of block l (the released code adds to its input); the learning rate is 0.01 x the rms
 of the site by default, because one number cannot serve residual streams whose scale differs by orders of magnitude
-(`LearnedTaskVector. paper()` and `.code()` are the published 1e-3 and 5e-3); zero init; layer and early stop on dev,
+(`LearnedTaskVector.paper()` and `.code()` are the published 1e-3 and 5e-3); zero init; layer and early stop on dev,
 which is not test; the released schedule (its denominator was never reached) is left out.
 
 **When to use it.** First: on word tasks it comes closest to few-shot, with as many gold answers as `queries` and
@@ -30,7 +30,16 @@ import torch
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, Lessons, at_least_one, distilled, encode_answers, single
+from taskvec.evaluate import (
+    Fitting,
+    Lessons,
+    above_zero,
+    at_least_one,
+    distilled,
+    encode_answers,
+    never_negative,
+    single,
+)
 from taskvec.lm import LM
 from taskvec.progress import track
 from taskvec.prompts import Example
@@ -93,7 +102,7 @@ class LearnedTaskVector:
         train, dev = single(train, dev)
         self._check(lm)
         with Fitting.of(lm, self, train, seed=seed) as fitting, lm.frozen():
-            shown = fitting.demos if self.prompt == "few-shot" else ()
+            shown = fitting.show() if self.prompt == "few-shot" else ()
             examples = train.queries(fitting.demos, self.queries, seed=seed)
             kept = dev.examples[: self.n_dev]
             self._count(fitting, len(examples), len(kept))
@@ -125,16 +134,21 @@ class LearnedTaskVector:
     def _lessons(self, fitting: Fitting, split: Split, shown: Sequence[Example]) -> Lessons:
         lm, spec = fitting.lm, split.spec
         prompts = [lm.encode(spec.format.prompt(example.input, shown)) for example in split.examples]
-        starts = [max(0, p.prompt_length + min(self.positions)) for p in prompts]
+        starts = [p.prompt_length + min(self.positions) for p in prompts]
+        if min(starts) < 0:
+            found = f"{min(self.positions)} in a prompt of {min(p.prompt_length for p in prompts)} tokens"
+            raise InputError("learned.positions inside every prompt", found, "name tokens nearer the end")
         golds, _, longest = encode_answers(lm, split, shown)
         if self.target == "gold":
             return Lessons.of(lm, prompts, golds, spec.loss, starts=starts)
-        teachers = [lm.encode(spec.format.prompt(example.input, fitting.demos)) for example in split.examples]
+        teachers = [lm.encode(spec.format.prompt(example.input, fitting.show())) for example in split.examples]
         ask = Ask(max_new=longest, done=lambda _, text: spec.format.terminator in text)
         return distilled(lm, prompts, teachers, ask, starts=starts)
 
     def _check(self, lm: LM) -> None:
-        at_least_one(self, "sweep", "steps", "batch", "queries", "check", "n_dev")
+        at_least_one(self, "sweep", "steps", "batch", "queries", "check", "patience", "n_dev")
+        above_zero(self, "lr", "lr_rms")
+        never_negative(self, "weight_decay", "init")
         if self.layer == ():
             raise InputError("at least one layer", "learned.layer = ()", "name one, or none for a sweep")
         if not self.positions or any(p >= 0 for p in self.positions):

@@ -33,12 +33,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, at_least_one, need_labels, single
+from taskvec.evaluate import Fitting, at_least_one, changed_by_context, need_labels, reaching, single
 from taskvec.evaluate.observe import first_tokens
 from taskvec.lm import LM
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
-from taskvec.vector import Affine, Edit, TaskVector, Where
+from taskvec.vector import Affine, Edit, TaskVector
 
 RIDGES = tuple(10.0**e for e in range(-4, 5))
 """Candidates of leave-one-out, times the mean squared norm of the states."""
@@ -81,15 +81,25 @@ def seen_by_labels(op: Affine, rows: Float[Tensor, "K d"]) -> Affine:
     The labels' logits stay as they are; the map has rank K. Raises `InputError` where rows depend on each other.
     """
     rows = rows.double()
+    _check_rank(rows)
+    back = torch.linalg.pinv(rows).T  # (K, d): U_C back' = I
+    read = (op.write.double() @ rows.T).T @ op.read.double()
+    bias = None if op.bias is None else ((rows @ op.bias.double()) @ back).float()
+    return Affine(read.float().contiguous(), back.float().contiguous(), bias)
+
+
+def _check_rank(rows: Float[Tensor, "K d"]) -> None:
     if int(torch.linalg.matrix_rank(rows)) < len(rows):
         found = f"{len(rows)} labels whose first tokens have dependent rows"
         raise InputError(
             "labels with first tokens of their own, for labels_only", found, "rename labels or switch it off"
         )
-    back = torch.linalg.pinv(rows).T  # (K, d): U_C back' = I
-    read = (op.write.double() @ rows.T).T @ op.read.double()
-    bias = None if op.bias is None else ((rows @ op.bias.double()) @ back).float()
-    return Affine(read.float().contiguous(), back.float().contiguous(), bias)
+
+
+def label_rows(lm: LM, train: Train) -> Float[Tensor, "K d"]:
+    """The unembedding rows of the labels' first tokens."""
+    ids = [tokens[0] for tokens in first_tokens(lm, train)]
+    return lm.model.get_output_embeddings().weight[ids].detach().float().cpu()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class LinearTaskVector:
         """Two passes over the queries and one solve. Dev is not used."""
         train, dev = single(train, dev)
         self._check(lm, train)
-        site, where = Site.parse(self.site), Where.parse(self.where)
+        site, where = Site.parse(self.site), reaching(lm, train, self.where)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             queries = train.queries(fitting.demos, self.queries, seed=seed)
             fitting.queries += len(queries)
@@ -136,19 +146,19 @@ class LinearTaskVector:
                 y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
             op, found = self._solved(h, y)
             if self.labels_only:
-                ids = [tokens[0] for tokens in first_tokens(lm, train)]
-                op = seen_by_labels(op, lm.model.get_output_embeddings().weight[ids].detach().float().cpu())
+                op = seen_by_labels(op, label_rows(lm, train))
             return TaskVector((Edit(site, op, where),), fitting.origin(found=found))
 
     def _check(self, lm: LM, train: Train) -> None:
         at_least_one(self, "queries")
         if self.ridge != "loo" and not 0 < self.ridge < float("inf"):
             raise InputError("a finite ridge above 0, or loo", f"linear.ridge = {self.ridge}", "mend it")
-        lm.point(Site.parse(self.site))
+        changed_by_context(lm, Site.parse(self.site))
         if self.labels_only:
             need_labels(train.spec, "linear.labels_only")
             if self.site != "lm_head_in":
                 raise InputError("site = lm_head_in, for labels_only", self.site, "change one of the two")
+            _check_rank(label_rows(lm, train).double())
 
     def _solved(self, h: Float[Tensor, "N d"], y: Float[Tensor, "N d"]) -> tuple[Affine, dict[str, float]]:
         """The map, and what it took."""

@@ -90,7 +90,7 @@ class LinearProbe:
             return [example.output for example in examples]
         fitting.queries += len(examples)
         lm, train = fitting.lm, fitting.train
-        prompts = [lm.encode(train.spec.format.prompt(example.input, fitting.demos)) for example in examples]
+        prompts = [lm.encode(train.spec.format.prompt(example.input, fitting.show())) for example in examples]
         _, labels, _ = encode_answers(lm, train, fitting.demos)
         logs = replay(lm, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(labels=labels)).label_logprobs
         assert train.spec.labels is not None

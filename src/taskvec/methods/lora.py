@@ -1,6 +1,6 @@
 """LoRA (Hu et al., arXiv 2106.09685), a rival: a trained low-rank change of the weights.
 
-**Idea.** Not a vector: every chosen weight becomes W + (alpha / rank) B A, with A and B trained on the same examples a
+**Idea.** Not a vector: every chosen weight becomes W + (alpha / rank) B A, with A and B trained on the examples a
 learned vector sees. It says what training could reach if the model itself may change.
 
 **Formula.** A starts uniform (Kaiming), B at zero, so that the first step starts from the bare model; the loss is the
@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, at_least_one, single
+from taskvec.evaluate import Fitting, above_zero, at_least_one, single
 from taskvec.evaluate.adapters import PeftAdapter, bounded, peft, train_adapter
 from taskvec.lm import LM
 from taskvec.tasks import Dev, Train
@@ -53,15 +56,17 @@ class LoRA:
     n_dev: int = 40
 
     def _check(self, lm: LM) -> None:
-        """Peft accepts a list of which one name is there; a name that is nowhere is a mistake."""
-        there = [f".{name}" for name, _ in lm.model.named_modules()]
+        """Every module a target names must be a linear map: what else peft cannot wrap, it says half-way."""
         for target in self.targets if self.targets != ("all-linear",) else ():
-            if not any(name.endswith(f".{target}") for name in there):
-                raise InputError(f"modules of {lm.id} as lora.targets", repr(target), "name the model's own")
+            there = [module for name, module in lm.model.named_modules() if f".{name}".endswith(f".{target}")]
+            if not there or not all(isinstance(module, nn.Linear | Conv1D) for module in there):
+                found = f"{target!r}, which is {type(there[0]).__name__ if there else 'nowhere'}"
+                raise InputError(f"linear modules of {lm.id} as lora.targets", found, "name the model's own")
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> PeftAdapter:
         """Train on gold answers, keep the step that is best on dev."""
         at_least_one(self, "rank", "steps", "batch", "tokens", "queries", "check", "n_dev")
+        above_zero(self, "lr", "alpha")
         train, dev = single(train, dev)
         targets = self.targets[0] if self.targets == ("all-linear",) else list(self.targets)
         self._check(lm)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taskvec.evaluate import Fitting, at_least_one, pick, single
+from taskvec.evaluate import Fitting, at_least_one, changed_by_context, pick, single
 from taskvec.lm import LM
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
@@ -45,6 +45,8 @@ class MeanDifference:
         """Average the differences at every candidate site, choose one on dev. No gradient, no query's output read."""
         at_least_one(self, "queries", "n_dev")
         train, dev = single(train, dev)
+        if self.site is not None:
+            changed_by_context(lm, Site.parse(self.site))
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             queries = train.queries(fitting.demos, self.queries, seed=seed)
             fitting.queries += len(queries)

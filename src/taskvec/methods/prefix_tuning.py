@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taskvec.evaluate import Fitting, at_least_one, single
+from taskvec.evaluate import Fitting, above_zero, at_least_one, single
 from taskvec.evaluate.adapters import PeftAdapter, bounded, key_shape, peft, train_adapter
 from taskvec.lm import LM
 from taskvec.tasks import Dev, Train
@@ -52,6 +52,7 @@ class PrefixTuning:
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> PeftAdapter:
         """Train on gold answers, keep the step that is best on dev."""
         at_least_one(self, "length", "steps", "batch", "tokens", "queries", "check", "n_dev")
+        above_zero(self, "lr")
         train, dev = single(train, dev)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
             heads, width = key_shape(lm)

@@ -37,7 +37,6 @@ class ZeroShot:
         read."""
         train, dev = single(train, dev)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
-            fitting.read.clear()
             return TaskVector((), fitting.origin())
 
 
@@ -56,4 +55,5 @@ class FewShot:
         """Draw the demonstrations."""
         train, dev = single(train, dev)
         with Fitting.of(lm, self, train, seed=seed) as fitting:
+            fitting.show()
             return TaskVector((), fitting.origin(prompt="few-shot"))

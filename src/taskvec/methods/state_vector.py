@@ -134,7 +134,7 @@ class StateVector:
         more = fitting.train.queries(fitting.demos, (self.groups - 1) * len(fitting.demos), seed=fitting.seed)
         fitting.read |= {example.input for example in more}
         n = len(fitting.demos)
-        return [fitting.demos, *(more[i * n : (i + 1) * n] for i in range(self.groups - 1))]
+        return [fitting.show(), *(more[i * n : (i + 1) * n] for i in range(self.groups - 1))]
 
     def _state(self, fitting: Fitting, demos: Sequence[Example], group: int) -> Float[Tensor, "L w"]:
         """One group's V, averaged over draws."""

@@ -3,7 +3,8 @@
 Its files are pickles of lists, tuples, strings and integers; the reader refuses everything else. Templates and labels
 are those of the Linear TV paper (arXiv 2605.20730, appendix); those it lacks are written alike. The package's rows are
 train splits only (SST-2, SST-5, MR), or merged ones (AGNews, TREC): the splits are ours, and so are the figures.
-HateSpeech18's two extra labels (241 rows) are dropped, and so is every input after its first.
+HateSpeech18's two extra labels (241 rows) are dropped, and so is every input after its first, and every row of SST-2
+that is a part of another (its train split holds the phrases of its sentences).
 """
 
 import importlib.util
@@ -23,17 +24,21 @@ ROWS = 4000
 
 @dataclass(frozen=True)
 class DataSet:
-    """One set: its file, its template, its labels in the order of their numbers, and what it is."""
+    """One set: its file, its template, its labels in the order of their numbers, what it is, and whether its rows hold
+    phrases of other rows."""
 
     file: str
     format: str
     labels: tuple[str, ...]
     about: str
+    phrases: bool = False
 
 
 _REVIEW, _SENTENCE = "Review: {input}\nSentiment: {output}\n", "Sentence: {input}\nSentiment: {output}\n"
 DATASETS = {
-    "sst2": DataSet("sst2", _REVIEW, ("negative", "positive"), "SST-2, train split"),
+    "sst2": DataSet(
+        "sst2", _REVIEW, ("negative", "positive"), "SST-2, train split, phrases of kept rows dropped", True
+    ),
     "sst5": DataSet("sst5", _SENTENCE, ("terrible", "negative", "neutral", "positive", "great"), "SST-5, train split"),
     "mr": DataSet("rotten_tomatoes", _REVIEW, ("negative", "positive"), "Rotten Tomatoes, train split"),
     "subj": DataSet(
@@ -85,7 +90,17 @@ def read_dataset(name: str) -> list[Example]:
             seen.add(text)
             examples.append(Example(text, labels[number]))
     random.Random(f"rows of {name}").shuffle(examples)
-    return examples[:ROWS]
+    return _without_phrases(examples[:ROWS]) if DATASETS[name].phrases else examples[:ROWS]
+
+
+def _without_phrases(examples: list[Example]) -> list[Example]:
+    """The rows that stand in no other row: else a test item could be a part of a train item."""
+    kept, texts = set[str](), ""
+    for example in sorted(examples, key=lambda e: len(e.input), reverse=True):
+        if example.input not in texts:
+            kept.add(example.input)
+            texts += f"{example.input}\n"
+    return [example for example in examples if example.input in kept]
 
 
 def plain(content: bytes, name: str) -> Any:
@@ -93,7 +108,16 @@ def plain(content: bytes, name: str) -> Any:
     refused before it does (`DataError`)."""
     try:
         return _Plain(io.BytesIO(content)).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+    ) as error:
         raise DataError(f"plain data in {name}", str(error), "install StaICC==0.1.1 again") from None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from taskvec.errors import InputError, VectorMismatch
+from taskvec.sites import Site
 from taskvec.vector.edits import Edit
 from taskvec.vector.ops import Add, Affine, Blend, Op, Replace
 from taskvec.vector.origin import Origin
@@ -30,15 +31,26 @@ def total(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
     for edit in edits:
         if not isinstance(edit.op, LINEAR):
             raise _no_sum(edit.op)
-    for site in {edit.site for edit in edits if isinstance(edit.op, Affine)}:
-        own = max(sum(edit.site == site for edit in row) for row in rows)
-        if own > 1 or len({edit.where for edit in edits if edit.site == site}) > 1:
-            found = f"edits at {site} whose order counts"
-            raise InputError("affine edits that stand alone, to add up", found, "inject one after the other: .then()")
+    _check_order(rows)
     groups: dict[tuple[Any, Any], list[Edit]] = {}
     for edit in edits:
         groups.setdefault((edit.site, edit.where), []).append(edit)
     return tuple(Edit(site, _melted(group), where) for (site, where), group in groups.items())
+
+
+def _check_order(rows: Sequence[Sequence[Edit]]) -> None:
+    """Raise `InputError` where an `affine` edit shares numbers with edits it cannot melt into: order would count."""
+    for edit in (edit for row in rows for edit in row if isinstance(edit.op, Affine)):
+        near = [[other for other in row if _overlap(edit.site, other.site)] for row in rows]
+        places = {(other.site, other.where) for row in near for other in row}
+        if max(map(len, near)) > 1 or len(places) > 1:
+            found = f"edits at {edit.site} whose order counts"
+            raise InputError("affine edits that stand alone, to add up", found, "inject one after the other: .then()")
+
+
+def _overlap(one: Site, other: Site) -> bool:
+    """Do two sites share numbers? A head's site lies inside its layer's."""
+    return one == other or (one.whole == other.whole and one.whole in (one, other))
 
 
 def mean(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
@@ -65,38 +77,56 @@ def mean(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
 def joint(origins: Sequence[Origin | None], name: str) -> Origin | None:
     """The origin of vectors put together: it keeps what they have in common, and refuses what they may not differ in.
 
-    None where one has none. Raises `VectorMismatch` for vectors of different models, templates or prompts.
+    Costs add up. None where one has none. Raises `VectorMismatch` for vectors of different models, templates or
+    prompts.
     """
     known = [origin for origin in origins if origin is not None]
     if len(known) < len(origins) or not known:
         return None
     first = known[0]
     for other in known[1:]:
-        for what, one, two in (
-            ("model", first.model.fingerprint, other.model.fingerprint),
-            ("template", first.format.hash, other.format.hash),
-            ("prompt", (first.prompt, first.shown), (other.prompt, other.shown)),
-        ):
-            if one != two:
-                found = f"vectors of {first.task} and {other.task} that differ in it"
-                raise VectorMismatch(f"one {what} for vectors put together", found, "combine vectors of one kind")
+        _one_kind(first, other)
     parts = [{"method": o.method, "task": o.task, "seed": o.seed, "data_hash": o.data_hash} for o in known]
-    same = len({o.data_hash for o in known}) == 1
     cost = {field: sum(getattr(o.cost, field) for o in known) for field in type(first.cost).model_fields}
     return first.model_copy(
         update={
             "method": name,
             "hyperparameters": {"parts": parts},
-            "task": first.task if same else " + ".join(dict.fromkeys(o.task for o in known)),
-            "data_hash": first.data_hash if same else "",
-            "n_test": min(o.n_test for o in known),
-            "labels": first.labels if len({o.labels for o in known}) == 1 else None,
-            "demos": first.demos if len({o.demos for o in known}) == 1 else (),
             "max_new_tokens": max(o.max_new_tokens for o in known),
             "cost": type(first.cost)(**cost),
             "found": {},
+            **_data(known),
         }
     )
+
+
+def _one_kind(first: Origin, other: Origin) -> None:
+    for what, one, two in (
+        ("model", first.model.fingerprint, other.model.fingerprint),
+        ("template", first.format.hash, other.format.hash),
+        ("prompt", (first.prompt, first.shown), (other.prompt, other.shown)),
+    ):
+        if one != two:
+            found = f"vectors of {first.task} and {other.task} that differ in it"
+            raise VectorMismatch(f"one {what} for vectors put together", found, "combine vectors of one kind")
+
+
+def _data(known: Sequence[Origin]) -> dict[str, Any]:
+    """What the vectors' data have in common, and of each data set the fewest items that were kept away."""
+    first = known[0]
+    kept: dict[str, int] = {}
+    for origin in known:
+        for data, n in origin.kept_away.items():
+            kept[data] = min(n, kept.get(data, n))
+    tasks = dict.fromkeys(origin.task for origin in known)
+    return {
+        "task": " + ".join(tasks),
+        "data_hash": first.data_hash if len(kept) == 1 else "",
+        "n_test": min(kept.values()),
+        "also": kept if len(kept) > 1 else {},
+        "labels": first.labels if all(o.labels == first.labels for o in known) else None,
+        "demos": first.demos if all(o.demos == first.demos for o in known) else (),
+    }
 
 
 def _melted(group: Sequence[Edit]) -> Op:

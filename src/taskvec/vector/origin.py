@@ -57,8 +57,9 @@ class Origin(_Plain):
     """Method, hyper-parameters, model, template, data, seed, demonstrations and cost of one fit.
 
     `prompt` says on which prompts the vector works: `zero-shot`, or `few-shot` behind `demos`. `max_new_tokens` is how
-    long an answer of the task may get, `n_test` how many of the data's items were kept away from the fit, `found` what
-    the fit chose and measured (its layer, a chosen ridge, degrees of freedom).
+    long an answer of the task may get, `n_test` how many of the data's items were kept away from the fit, `also` the
+    same of other data it was fitted on (hash -> items), `found` what the fit chose and measured (its layer, a chosen
+    ridge, degrees of freedom).
     """
 
     method: str
@@ -69,6 +70,7 @@ class Origin(_Plain):
     task: str
     data_hash: str
     n_test: int = 0
+    also: dict[str, int] = {}
     labels: tuple[str, ...] | None = None
     seed: int
     demos: tuple[Example, ...] = ()
@@ -77,6 +79,11 @@ class Origin(_Plain):
     cost: Cost = Cost()
     versions: dict[str, str] = {}
     found: dict[str, JsonValue] = {}
+
+    @property
+    def kept_away(self) -> dict[str, int]:
+        """Of every data set the fit saw, by its hash, how many items were kept away from it."""
+        return {**self.also, self.data_hash: self.n_test}
 
     @property
     def shown(self) -> tuple[Example, ...]:

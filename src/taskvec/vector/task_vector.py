@@ -43,7 +43,8 @@ class TaskVector:
         )
 
     def __neg__(self) -> "TaskVector":
-        """The vector that undoes it: only `add` and `affine` have one."""
+        """The vector whose sum with it is no change: only `add` and `affine` have one. After an `affine` edit it meets
+        another state: `then` does not undo it."""
         arithmetic.total([self.edits])
         return self.scaled(-1.0)
 
