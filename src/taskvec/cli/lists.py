@@ -81,7 +81,7 @@ def show_models(*, as_json: bool) -> None:
     from taskvec.lm.load import ALIASES
 
     rows = [
-        {"model": name, "installed": alias.path() is not None, "about": alias.about, "install": alias.pip}
+        {"model": name, "installed": bool(alias.parts()), "about": alias.about, "install": alias.pip}
         for name, alias in ALIASES.items()
     ]
     rows.append({"model": "tiny", "installed": True, "about": TINY_ABOUT, "install": ""})

