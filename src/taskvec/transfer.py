@@ -31,6 +31,7 @@ from torch import Tensor
 from taskvec.comparison import matched
 from taskvec.errors import InputError, TaskvecError, unknown
 from taskvec.evaluate import Fitting, observe, random_like, score_observed
+from taskvec.evaluate.fitting import ready
 from taskvec.evaluate.observe import first_tokens
 from taskvec.evaluate.shared import shared_work, states_of
 from taskvec.lm import LM
@@ -75,6 +76,7 @@ class TransferTaskVector:
         check, made = WAYS[self.way]
         check(source, target, train)
         method = replace(self, source=source.id)
+        ready(source)
         with source.metered() as theirs, Fitting.of(target, method, train, seed=seed) as fitting:
             queries = train.queries(fitting.demos, self.queries, seed=seed)
             fitting.queries += len(queries)

@@ -88,9 +88,7 @@ class Fitting:
     def of(cls, lm: LM, method: Any, train: Train, *, seed: int) -> Iterator["Fitting"]:
         """Start the clock and the token count."""
         demos = train.demonstrations(seed=seed)
-        prove(lm)  # all are done once per model: no part of what this fit costs
-        if packs(lm) is None:
-            staggers(lm)
+        ready(lm)
         with lm.metered() as meter:
             yield cls(lm, method, train, seed, demos, meter)
 
@@ -139,6 +137,13 @@ class Fitting:
             versions={name: version(name) for name in VERSIONS},
             found=_plain(found or {}),
         )
+
+
+def ready(lm: LM) -> None:
+    """Prove what is proved once per model: no part of what a fit costs."""
+    prove(lm)
+    if packs(lm) is None:
+        staggers(lm)
 
 
 def longest_answer(lm: LM, split: Split) -> int:
