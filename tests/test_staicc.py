@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from taskvec.errors import DataError, MissingPackage, UnknownName
 from taskvec.tasks import Task, datasets, staicc
+from taskvec.tasks.hub import HUB
 from taskvec.tasks.staicc import DATASETS, plain, read_dataset
 
 PLAIN = st.recursive(
@@ -105,7 +106,7 @@ def test_without_the_package_the_command_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_sets_are_listed_and_named_in_the_error() -> None:
-    assert set(datasets()) == set(DATASETS)
+    assert set(datasets()) == {*DATASETS, *HUB}
     assert all(about.labels and about.format for about in datasets().values())
     with pytest.raises(UnknownName, match="sst2"):
         Task.from_jsonl("sst3")

@@ -38,7 +38,8 @@ def states(lm: LM, queries: Sequence[Example], demos: Sequence[Example]) -> tupl
 def ridge(features: Tensor, differences: Tensor, strength: float = RIDGE) -> Tensor:
     """W with W h the prediction, in the primal form: Y'H (H'H + lam I)^-1."""
     gram = features.T @ features + strength * torch.eye(features.shape[1], dtype=torch.float64)
-    return differences.T @ features @ torch.linalg.inv(gram)
+    inverse: Tensor = torch.linalg.inv(gram)
+    return differences.T @ features @ inverse
 
 
 def unembedding(lm: LM) -> Tensor:
@@ -49,7 +50,8 @@ def unembedding(lm: LM) -> Tensor:
 def aligning() -> Tensor:
     """M over the tokenizer's tokens: both matrices have rows that no token has."""
     small, large = (unembedding(exact_lm(name))[: len(tiny.tokenizer())] for name in (NARROW, WIDE))
-    return torch.linalg.pinv(small) @ large
+    back: Tensor = torch.linalg.pinv(small)
+    return back @ large
 
 
 @cache

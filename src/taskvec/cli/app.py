@@ -190,10 +190,13 @@ def models(json: Json = False) -> None:
 def tasks(
     name: Annotated[str | None, typer.Argument(help="Show this task's first examples.")] = None, json: Json = False
 ) -> None:
-    """List the built-in tasks."""
+    """List the built-in tasks and suites."""
     from taskvec.cli import lists
 
-    lists.show_tasks(name, as_json=json)
+    if name is None:
+        lists.show_tasks(as_json=json)
+    else:
+        lists.show_task(name, as_json=json)
 
 
 @app.command()

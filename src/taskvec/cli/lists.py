@@ -12,6 +12,7 @@ from taskvec.cli import show
 from taskvec.progress import shown
 from taskvec.tasks import builtin_tasks, datasets, load_task
 from taskvec.tasks.read import read_examples
+from taskvec.tasks.suite import builtin_suites
 
 TINY_ABOUT = "0.2 M weights, trained on the synthetic tasks tiny_*; for tests and first steps"
 PACKAGES = ("taskvec", "torch", "transformers", "safetensors", "tokenizers", "gguf", "peft")
@@ -92,17 +93,19 @@ def show_models(*, as_json: bool) -> None:
     show.say("\nAny folder or Hub id of a causal language model works too.")
 
 
-def show_tasks(name: str | None, *, as_json: bool) -> None:
-    """The built-in tasks, or one task's examples."""
-    if name is not None:
-        task = load_task(name)
-        examples = [{"input": e.input, "output": e.output} for e in task.train.examples[:10]]
-        if as_json:
-            show.emit({"task": task.name, "n": len(task.examples), "labels": task.spec.labels, "examples": examples})
-        else:
-            show.say(f"{task.name}: {len(task.examples)} examples\n")
-            show.table([["input", "output"], *([e["input"], e["output"]] for e in examples)])
+def show_task(name: str, *, as_json: bool) -> None:
+    """One task's first examples."""
+    task = load_task(name)
+    examples = [{"input": e.input, "output": e.output} for e in task.train.examples[:10]]
+    if as_json:
+        show.emit({"task": task.name, "n": len(task.examples), "labels": task.spec.labels, "examples": examples})
         return
+    show.say(f"{task.name}: {len(task.examples)} examples\n")
+    show.table([["input", "output"], *([e["input"], e["output"]] for e in examples)])
+
+
+def show_tasks(*, as_json: bool) -> None:
+    """The built-in tasks and suites."""
     import taskvec.tasks.read as read
 
     counts = {task: len(read_examples(read._DATA / f"{task}.jsonl")) for task in builtin_tasks()}
@@ -110,11 +113,14 @@ def show_tasks(name: str | None, *, as_json: bool) -> None:
         {"task": task, "n": counts.get(task), "category": s.category, "about": s.description}
         for task, s in (builtin_tasks() | datasets()).items()
     ]
+    suites = [suite.model_dump(mode="json") for suite in builtin_suites().values()]
     if as_json:
-        show.emit({"tasks": rows})
-    else:
-        cells = [["-" if value is None else str(value) for value in row.values()] for row in rows]
-        show.table([["task", "n", "category", "about"], *cells])
+        show.emit({"tasks": rows, "suites": suites})
+        return
+    cells = [["-" if value is None else str(value) for value in row.values()] for row in rows]
+    show.table([["task", "n", "category", "about"], *cells])
+    show.say("")
+    show.table([["suite", "tasks", "about"], *([s["name"], str(len(s["tasks"])), s["description"]] for s in suites)])
 
 
 def show_health(model: str, device: str | None, dtype: str | None, *, as_json: bool) -> None:

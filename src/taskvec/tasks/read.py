@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from taskvec.errors import DataError, unknown
 from taskvec.prompts import Example, PromptFormat
+from taskvec.tasks.hub import HUB, read_hub
 from taskvec.tasks.staicc import DATASETS, read_dataset
 from taskvec.tasks.task import Task, TaskSpec
 
@@ -54,6 +55,8 @@ def load_task(
     name = _plain_name(source)
     if name in DATASETS and not os.path.isfile(source):
         about, examples = _described(name), read_dataset(name)
+    elif name in HUB and not os.path.isfile(source):
+        about, examples = _described(name), read_hub(name)
     else:
         path = _find(source)
         name, about, examples = path.stem, read_sidecar(path), read_examples(path)
@@ -63,13 +66,14 @@ def load_task(
 
 
 def datasets() -> dict[str, Sidecar]:
-    """The classification sets of the package StaICC by name."""
-    return {name: _described(name) for name in DATASETS}
+    """The classification sets of the package StaICC, and those fetched through `datasets`, by name."""
+    return {name: _described(name) for name in (*DATASETS, *HUB)}
 
 
 def _described(name: str) -> Sidecar:
-    found = DATASETS[name]
-    return Sidecar(description=found.about, category="StaICC", labels=found.labels, format=found.format)
+    found = DATASETS.get(name) or HUB[name]
+    where = "StaICC" if name in DATASETS else "Hub"
+    return Sidecar(description=found.about, category=where, labels=found.labels, format=found.format)
 
 
 def _plain_name(source: str | Path) -> str:
@@ -116,7 +120,7 @@ def _find(source: str | Path) -> Path:
         builtin = folder / f"{_plain_name(source)}.jsonl"
         if path.name == str(source) and os.path.isfile(builtin):
             return builtin
-    raise unknown("a task file or a built-in task", str(source), [*builtin_tasks(), *DATASETS])
+    raise unknown("a task file or a built-in task", str(source), [*builtin_tasks(), *datasets()])
 
 
 def _example(line: str, place: str) -> Example:
