@@ -66,11 +66,7 @@ def compare_once(
     """`compare` for one seed, with what was fitted."""
     if seed < 0:
         raise InputError("a seed of 0 or more", str(seed), "name another")
-    asked = with_controls(methods)
-    for method in asked:
-        if getattr(method, "needs_labels", False):
-            need_labels(task.spec, method.name)
-    fitted = _fit_all(lm, task, asked, seed)
+    fitted = _fit_all(lm, task, with_controls(methods), seed)
     fitted |= {f"vector {i}": vector for i, vector in enumerate(vectors)}
     fitted |= {name + SHUFFLED: ShuffledPairing(c, seed) for name, c in fitted.items() if isinstance(c, VectorSource)}
     candidates = [name for name in fitted if is_candidate(name, fitted[name])] or ["mean-difference"]
@@ -107,6 +103,9 @@ def _order(name: str) -> int:
 
 
 def _fit_all(lm: LM, task: Task, methods: Sequence[Method], seed: int) -> dict[str, Condition]:
+    for method in methods:
+        if getattr(method, "needs_labels", False):
+            need_labels(task.spec, method.name)
     fitted = {}
     for method in track(methods, "fitting", len(methods)):
         fitted[method.name] = method.fit(lm, task.train, task.dev, seed=seed)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
@@ -125,10 +125,6 @@ def _settings(variant: Variant) -> dict[str, Any]:
     return settings
 
 
-def bench_methods(names: Sequence[str] | None, settings: dict[str, dict[str, str]]) -> list[Method]:
+def bench_methods(names: Sequence[str] | None, settings: Mapping[str, dict[str, str]]) -> list[Method]:
     """The methods asked for (None: `METHODS`) with the preset, and what `--set` says above it."""
-    asked = list(METHODS if names is None else names)
-    asked = list(dict.fromkeys([*asked, *(name for name in settings if name in registry.CONTROLS)]))
-    for name in {*settings} - {*asked}:
-        raise InputError("--set for a method that runs", repr(name), f"add --method {name}")
-    return [registry.make(name, PRESET.get(name, {}) | settings.get(name, {})) for name in asked if name != "random"]
+    return registry.make_all(METHODS if names is None else names, settings, PRESET)

@@ -175,7 +175,10 @@ def methods(
     """List the methods."""
     from taskvec.cli import lists
 
-    lists.show_methods(name, as_json=json)
+    if name is None:
+        lists.show_methods(as_json=json)
+    else:
+        lists.show_method(name, as_json=json)
 
 
 @app.command()

@@ -53,14 +53,16 @@ def show_source(source: Any, folder: Path, *, as_json: bool) -> None:
     show.table([["source", ""]] + [[name, str(value)] for name, value in plain.items()])
 
 
-def show_methods(name: str | None, *, as_json: bool) -> None:
-    """All methods' names, or one method's page."""
-    if name is None:
-        rows = [registry.facts(name) for name in [*registry.names(), "random"]]
-        cells = [["method", "paper", "sites", "ops", "labels", "gradients"]]
-        cells += [[_fact(value) for value in row.values()] for row in rows]
-        show.emit({"methods": rows}) if as_json else show.table(cells)
-        return
+def show_methods(*, as_json: bool) -> None:
+    """All methods' names."""
+    rows = [registry.facts(name) for name in [*registry.names(), "random"]]
+    cells = [["method", "paper", "sites", "ops", "labels", "gradients"]]
+    cells += [[_fact(value) for value in row.values()] for row in rows]
+    show.emit({"methods": rows}) if as_json else show.table(cells)
+
+
+def show_method(name: str, *, as_json: bool) -> None:
+    """One method's page."""
     method: Any = registry.get(name)
     values = {f.name: repr(f.default) for f in fields(method)} if is_dataclass(method) else {}
     about = importlib.import_module(method.__module__).__doc__ or ""

@@ -174,14 +174,11 @@ def make_methods(names: list[str] | None, settings: list[str] | None, *, compili
     """The methods asked for (None: the default ones) with their `--set` fields."""
     from taskvec.comparison import DEFAULT
 
-    fields = parse_settings(settings or [])
-    controls = [name for name in fields if name in registry.CONTROLS]
-    asked = list(dict.fromkeys([*(DEFAULT if names is None else names), *controls]))
-    for name in {*fields} - {*asked} | ({*fields} & {"random"}):
-        raise InputError("--set for a method that runs", repr(name), f"add --method {name}")
-    if compiling and all(name == "random" or registry.facts(name)["ops"] == [] for name in asked):
+    asked = list(DEFAULT if names is None else names)
+    made = registry.make_all(asked, parse_settings(settings or []))
+    if compiling and not any(registry.facts(method.name)["ops"] for method in made):
         raise UnknownName("a method that makes a vector", ", ".join(asked), "add --method learned, for example")
-    return [registry.make(name, fields.get(name)) for name in asked if name != "random"]
+    return made
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:

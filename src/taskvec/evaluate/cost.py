@@ -15,7 +15,8 @@ from taskvec.replay import Segment, Tree, packs
 from taskvec.replay.tree import ROOT
 from taskvec.vector import Adapted, TaskVector, VectorSource
 
-TIMED = 20
+TIMED, LEAST, PATIENCE = 20, 5, 5.0
+"""Queries timed: up to 20; long prompts fewer, at least 5, once that many seconds are spent."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,19 @@ class QueryCost:
     query_ms: float
 
 
+def _enough(times: Sequence[float]) -> bool:
+    return len(times) > LEAST and sum(times) > PATIENCE
+
+
 @torch.no_grad()
 def query_cost(lm: LM, prompts: Sequence[Encoded], condition: Condition = None) -> QueryCost:
     """Batch 1, unpacked, without a cached prefix; the edit is in the time (a predictor's own few products are not)."""
-    times = []
+    times = list[float]()
     keep = {"logits_to_keep": 1} if "logits_to_keep" in lm.accepts else {}
     with condition.applied(lm) if isinstance(condition, Adapted) else nullcontext():
         for prompt in [prompts[0], *prompts[:TIMED]]:  # the first one warms up
+            if _enough(times):
+                break
             batch = lm.batch([prompt])
             vectors = condition if isinstance(condition, TaskVector | VectorSource) else [None]
             with inject(lm, vectors):
@@ -57,8 +64,10 @@ def cached_query_cost(lm: LM, prompts: Sequence[Encoded]) -> QueryCost | None:
     tree, parent = Tree(lm), ROOT
     if shared:
         tree, parent = tree.grow([Segment(ROOT, prompts[0].tokens(0, shared))]).tree, 0
-    times = []
+    times = list[float]()
     for prompt in [prompts[0], *prompts[:TIMED]]:
+        if _enough(times):
+            break
         segment = Segment(parent, prompt.tokens(shared, len(prompt)), keep=1)
         start = time.perf_counter()
         tree.grow([segment])

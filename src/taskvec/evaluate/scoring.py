@@ -81,7 +81,9 @@ def _fit_cost(origin: Origin | None) -> dict[str, Any]:
 
 def _examples(lm: LM, seen: Observation, reference: Observation | None) -> list[dict[str, Any]]:
     """One record per example: what was asked, what was answered, and the terms of every mean."""
-    gold = [example.output for example in seen.split.examples]
+    labels = seen.labels or [None] * len(seen.split)
+    rows = zip(seen.split.examples, seen.texts, seen.logits, seen.golds, labels, strict=True)
+    known = seen.split.spec.labels or ()
     records = [
         {
             "input": example.input,
@@ -91,28 +93,32 @@ def _examples(lm: LM, seen: Observation, reference: Observation | None) -> list[
             "first_token_correct": int(row.argmax()) == ids[0],
             "label": label,
             "label_correct": None if label is None else label == example.output,
-            "in_label_set": None if label is None else text in (seen.split.spec.labels or ()),
+            "in_label_set": None if label is None else text in known,
         }
-        for example, text, row, ids, label in zip(
-            seen.split.examples, seen.texts, seen.logits, seen.golds, seen.labels or [None] * len(gold), strict=True
-        )
+        for example, text, row, ids, label in rows
     ]
     if reference is not None:
-        support = _support(lm, seen)
-        both, nothing = (reference.logits, seen.logits), [None] * len(gold)
-        apart = {
-            "d_ntp": d_ntp(*both, support).tolist() if support else nothing,
-            "d_ntp_full": kl(*both).tolist() if seen.open else nothing,
-            "label_logit_error": label_logit_error(*both, support).tolist() if support else nothing,
-            "hidden_error": nothing,
-        }
-        if reference.states is not None and seen.states is not None:
-            apart["hidden_error"] = hidden_error(reference.states, seen.states).tolist()
-        for i, record in enumerate(records):
-            record |= {name: values[i] for name, values in apart.items()}
-            record["agrees"] = seen.predictions[i] == reference.predictions[i]
-            record["icl_wrong"] = reference.predictions[i] != gold[i]
+        for name, values in _apart(lm, seen, reference).items():
+            for record, value in zip(records, values, strict=True):
+                record[name] = value
     return records
+
+
+def _apart(lm: LM, seen: Observation, reference: Observation) -> dict[str, list[Any]]:
+    """How far each example is from few-shot."""
+    support, both = _support(lm, seen), (reference.logits, seen.logits)
+    nothing: list[Any] = [None] * len(seen.split)
+    states = [one.states for one in (reference, seen) if one.states is not None]
+    return {
+        "d_ntp": d_ntp(*both, support).tolist() if support else nothing,
+        "d_ntp_full": kl(*both).tolist() if seen.open else nothing,
+        "label_logit_error": label_logit_error(*both, support).tolist() if support else nothing,
+        "hidden_error": hidden_error(*states).tolist() if len(states) == 2 else nothing,
+        "agrees": [one == other for one, other in zip(seen.predictions, reference.predictions, strict=True)],
+        "icl_wrong": [
+            said != example.output for said, example in zip(reference.predictions, seen.split.examples, strict=True)
+        ],
+    }
 
 
 def _support(lm: LM, seen: Observation) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_rows
 
 from taskvec.errors import InputError
+from taskvec.prompts import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,3 +98,12 @@ class Running:
     """The prompts a model is running on right now, so that `inject` knows lengths and roles without being told."""
 
     prompts: tuple[Encoded, ...]
+
+
+def token_roles(prompt: Prompt, offsets: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """The tokens of each role, from the characters each token covers. A separator is its last token."""
+    roles: dict[str, list[int]] = {}
+    for span in prompt.spans:
+        tokens = [i for i, (a, b) in enumerate(offsets) if a < span.stop and b > span.start]
+        roles.setdefault(span.role, []).extend(tokens[-1:] if span.role == "separator" else tokens)
+    return {role: tuple(tokens) for role, tokens in roles.items()}

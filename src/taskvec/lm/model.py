@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from taskvec.errors import InputError, MissingSite, PromptTooLong
-from taskvec.lm.encode import Batch, Encoded, Running
+from taskvec.lm.encode import Batch, Encoded, Running, token_roles
 from taskvec.lm.identity import fingerprint, tokenizer_hash
 from taskvec.lm.load import load, parse_dtype
 from taskvec.lm.structure import Block, find_blocks, in_width, out_width
@@ -201,12 +201,8 @@ class LM:
         if isinstance(prompt, str):
             prompt = Prompt(prompt)
         ids, offsets = self._tokenize(prompt.text, prompt.special_tokens)
-        roles: dict[str, list[int]] = {}
-        for span in prompt.spans:
-            tokens = [i for i, (a, b) in enumerate(offsets) if a < span.stop and b > span.start]
-            roles.setdefault(span.role, []).extend(tokens[-1:] if span.role == "separator" else tokens)
         query = next((prompt.text[span.start : span.stop] for span in prompt.spans if span.role == "input"), "")
-        return self._fitting(Encoded(ids, None, {k: tuple(v) for k, v in roles.items()}, text=prompt.text, query=query))
+        return self._fitting(Encoded(ids, None, token_roles(prompt, offsets), text=prompt.text, query=query))
 
     def answer_ids(self, prompt: Prompt, output: str, format: PromptFormat, *, terminator: bool) -> tuple[int, ...]:
         """The tokens of an answer behind `prompt`, with or without its terminator.

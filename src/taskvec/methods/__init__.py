@@ -7,11 +7,12 @@ with
     my-method = "my_package.my_module:MyMethod"
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints, runtime_checkable
 
 from taskvec.errors import InputError, unknown
@@ -119,6 +120,20 @@ def make(name: str, settings: dict[str, str] | None = None) -> Method:
         values[field_name] = _parsed(text, known[field_name], f"{name}.{field_name}")
     made: Method = method(**values)
     return made
+
+
+def make_all(
+    names: Sequence[str],
+    settings: Mapping[str, dict[str, str]],
+    preset: Mapping[str, dict[str, str]] = MappingProxyType({}),
+) -> list[Method]:
+    """The methods of these names (`random`, which is none, is passed over) and the controls that have settings; a
+    preset stands below the settings. Raises `InputError` for settings of anything else."""
+    asked = dict.fromkeys([*names, *(name for name in settings if name in CONTROLS)])
+    for name in settings:
+        if name not in asked or name == "random":
+            raise InputError("--set for a method that runs", repr(name), f"add --method {name}")
+    return [make(name, preset.get(name, {}) | settings.get(name, {})) for name in asked if name != "random"]
 
 
 def _entries() -> Any:

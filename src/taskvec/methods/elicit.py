@@ -142,18 +142,7 @@ class ElicitLibrary:
         folder = Path(folder)
         if not (folder / MARK).is_file():
             raise InputError(f"a library with {MARK}", f"none at {folder}", "check the path")
-        try:
-            content = (folder / MARK).read_bytes()
-            record = _Library.model_validate_json(content)
-        except (ValidationError, ValueError) as error:
-            raise _corrupt(folder, " ".join(str(error).splitlines()[:3])) from None
-        if record.checksum != record.digest() or content != record.text().encode():
-            raise _corrupt(folder, f"{MARK} was changed after it was saved")
-        there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        for name in sorted(there ^ {*record.entries, MARK, CARD}):
-            raise _corrupt(folder, f"{name} is {'unknown' if name in there else 'missing'}")
-        if _sha((folder / CARD).read_bytes()) != record.card:
-            raise _corrupt(folder, f"{CARD} was changed after it was saved")
+        record = _read(folder)
         for name, digest in record.entries.items():
             if not (folder / name / CONFIG).is_file() or _sha((folder / name / CONFIG).read_bytes()) != digest:
                 raise _corrupt(folder, f"the entry {name} is not the one that was saved")
@@ -183,6 +172,23 @@ class ElicitLibrary:
             self._known["entries"] = rows.mean(0), _unit(rows - rows.mean(0))
         centre, entries = self._known["entries"]
         return centre, entries
+
+
+def _read(folder: Path) -> _Library:
+    """The library's file, and that nothing stands beside its entries and card."""
+    try:
+        content = (folder / MARK).read_bytes()
+        record = _Library.model_validate_json(content)
+    except (ValidationError, ValueError) as error:
+        raise _corrupt(folder, " ".join(str(error).splitlines()[:3])) from None
+    if record.checksum != record.digest() or content != record.text().encode():
+        raise _corrupt(folder, f"{MARK} was changed after it was saved")
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    for name in sorted(there ^ {*record.entries, MARK, CARD}):
+        raise _corrupt(folder, f"{name} is {'unknown' if name in there else 'missing'}")
+    if _sha((folder / CARD).read_bytes()) != record.card:
+        raise _corrupt(folder, f"{CARD} was changed after it was saved")
+    return record
 
 
 def query_text(prompt: Encoded) -> str:

@@ -75,16 +75,18 @@ def attributions(
     engine = replay(lm, prompts)
     states = engine.answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
     nudges = [torch.zeros(len(sites), means[0].numel(), requires_grad=True) for _ in prompts]
-    vectors = [
-        TaskVector(tuple(Edit(site, Add(nudge)) for site, nudge in zip(sites, row, strict=True))) for row in nudges
-    ]
+    trials = [Trial(i, _nudged(sites, row)) for i, row in enumerate(nudges)]
     with lm.frozen(), torch.enable_grad():
-        for numbers, logits in engine.batches([Trial(i, vector) for i, vector in enumerate(vectors)]):
+        for numbers, logits in engine.batches(trials):
             total = torch.stack([out[-1].float().softmax(-1)[golds[i]] for i, out in zip(numbers, logits, strict=True)])
             total.sum().backward()  # type: ignore[no-untyped-call]
     gradients = torch.stack([nudge.grad for nudge in nudges if nudge.grad is not None])
     away = means.flatten(1)[None] - torch.stack([states[site] for site in sites], dim=1)
     return (gradients * away).reshape(len(prompts), *means.shape).sum(-1)
+
+
+def _nudged(sites: Sequence[Site], rows: Float[Tensor, "L w"]) -> TaskVector:
+    return TaskVector(tuple(Edit(site, Add(row)) for site, row in zip(sites, rows, strict=True)))
 
 
 @dataclass(frozen=True)

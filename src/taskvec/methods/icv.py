@@ -34,6 +34,7 @@ from taskvec.errors import InputError
 from taskvec.evaluate import Fitting, at_least_one, pick, single
 from taskvec.hooks import prove, require
 from taskvec.lm import LM, Encoded
+from taskvec.prompts import Example, PromptFormat
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
 from taskvec.vector import AddKeepNorm, Edit, TaskVector, Where
@@ -112,15 +113,14 @@ class InContextVector:
         """H(y_i) - H(x_i): the embedding, and the residual stream behind every block."""
         lm, format = fitting.lm, fitting.train.spec.format
         sites = [Site("embed"), *(Site("resid", layer) for layer in range(lm.n_layers))]
-        if self.texts == "bare":
-            pairs = [(lm.encode(demo.input), lm.encode(demo.output)) for demo in fitting.show()]
-        else:
-            prompts = [format.prompt(demo.input) for demo in fitting.show()]
-            answers = [
-                lm.answer_ids(prompt, demo.output, format, terminator=False)
-                for prompt, demo in zip(prompts, fitting.demos, strict=True)
-            ]
-            asked = [lm.encode(prompt) for prompt in prompts]
-            pairs = [(p, lm.encode(Encoded(p.ids + a))) for p, a in zip(asked, answers, strict=True)]
+        pairs = [self._pair(lm, format, demo) for demo in fitting.show()]
         before, after = (fitting.states_of([pair[i] for pair in pairs], sites) for i in (0, 1))
         return torch.stack([after[site] - before[site] for site in sites], dim=1)
+
+    def _pair(self, lm: LM, format: PromptFormat, demo: Example) -> tuple[Encoded, Encoded]:
+        """A demonstration's two texts: input and output bare, or its prompt without and with the answer."""
+        if self.texts == "bare":
+            return lm.encode(demo.input), lm.encode(demo.output)
+        prompt = format.prompt(demo.input)
+        asked = lm.encode(prompt)
+        return asked, lm.encode(Encoded(asked.ids + lm.answer_ids(prompt, demo.output, format, terminator=False)))

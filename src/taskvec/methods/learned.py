@@ -111,18 +111,26 @@ class LearnedTaskVector:
             generator = torch.Generator().manual_seed(seed)
             scale = self._rates(fitting, examples, shown)
             runs = [_Run(self, lm, layers, scale, generator) for layers in self._candidates(lm)]
-            for step in track(range(1, self.steps + 1), "learned", self.steps):
-                picked = torch.randperm(len(examples), generator=generator)[: self.batch].tolist()
-                _descend(lessons, runs, picked)
-                if step % self.check == 0 or step == self.steps:
-                    runs = _survivors(runs, looks.mean_losses([run.vector for run in runs]))
-                if all(run.misses >= self.patience for run in runs):
-                    break
+            runs, step = self._trained(runs, lessons, looks, generator)
             best = min(runs, key=lambda run: run.best_loss)
             if best.best_loss == float("inf"):
                 raise InputError("a learning rate that trains", f"no finite dev loss with {self}", "lower learned.lr")
             found = {"layers": sorted({layer for layer, _ in best.places}), "steps": step, "dev_loss": best.best_loss}
             return TaskVector(best.best.edits, fitting.origin(prompt=self.prompt, found=found))
+
+    def _trained(
+        self, runs: "list[_Run]", lessons: Lessons, looks: Lessons, generator: torch.Generator
+    ) -> "tuple[list[_Run], int]":
+        """The runs that are left, and the last step."""
+        step = 0
+        for step in track(range(1, self.steps + 1), "learned", self.steps):
+            picked = torch.randperm(len(lessons.targets), generator=generator)[: self.batch].tolist()
+            _descend(lessons, runs, picked)
+            if step % self.check == 0 or step == self.steps:
+                runs = _survivors(runs, looks.mean_losses([run.vector for run in runs]))
+            if all(run.misses >= self.patience for run in runs):
+                break
+        return runs, step
 
     def _count(self, fitting: Fitting, trained: int, looked: int) -> None:
         """Gold labels read; with the few-shot model as teacher the same inputs count as unlabelled queries."""

@@ -100,15 +100,15 @@ class Tree:
         if len(grown) <= 1:
             return grown[0] if grown else self
         past, old = len(self), len(self.ends)
-        new = [len(tree.ends) - old for tree in grown]
-        shifts = [sum(new[:i]) for i in range(len(new))]
         sees = torch.block_diag(self.sees, *(tree.sees[old:, old:] for tree in grown)).bool()  # type: ignore[no-untyped-call]
         sees[old:, :old] = torch.cat([tree.sees[old:, :old] for tree in grown])
-        owner = [self.owner, *(tree.owner[past:] + shift for tree, shift in zip(grown, shifts, strict=True))]
-        position = [self.position, *(tree.position[past:] for tree in grown)]
-        ends = (*self.ends, *(end for tree in grown for end in tree.ends[old:]))
-        caches = [tree.cache for tree in grown]
-        return Tree(self.lm, _joined(caches, past), torch.cat(owner), torch.cat(position), sees, ends)
+        owner, position, ends = [self.owner], [self.position], self.ends
+        for tree in grown:
+            owner.append(tree.owner[past:] + len(ends) - old)
+            position.append(tree.position[past:])
+            ends += tree.ends[old:]
+        cache = _joined([tree.cache for tree in grown], past)
+        return Tree(self.lm, cache, torch.cat(owner), torch.cat(position), sees, ends)
 
     def _with(self, segments: Sequence[Segment]) -> "Tree":
         """The tree with the segments' bookkeeping, and a cache of its own that shares this one's tensors."""

@@ -6,6 +6,7 @@ compared item by item, on each item's share of right answers over the seeds.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ class Paired:
 ALL = "all tasks"
 
 
+@cache
 def paired_tests(run: "Run") -> list[Paired]:
     """Every pair of methods on every task, and over all tasks together: two families of tests."""
     alone = [test for task in run.tasks for test in _pairs(task, _items(run, [task]))]
@@ -128,18 +130,23 @@ class Ranks:
 
 def ranks(run: "Run") -> Ranks:
     """Ranks by accuracy within each task that all methods finished (1 is best; ties share)."""
-    from scipy.stats import friedmanchisquare, rankdata
+    from scipy.stats import rankdata
 
-    table = {task: {m: run.hits(task, m) for m in run.scored} for task in run.tasks}
-    whole = {task: hits for task, hits in table.items() if all(h.size for h in hits.values())}
-    if not whole:
+    rows = [[run.hits(task, method) for method in run.scored] for task in run.tasks]
+    means = np.array([[hits.mean() for hits in row] for row in rows if all(hits.size for hits in row)])
+    if not means.size:
         return Ranks({}, 0, None)
-    means = np.array([[hits[m].mean() for m in run.scored] for hits in whole.values()])
     mean = rankdata(-means, axis=1).mean(0)
     order = np.argsort(mean, kind="stable")
-    many = len(run.scored) >= 3 and len(whole) >= 2 and bool((means != means[:, :1]).any())
-    p = float(friedmanchisquare(*means.T).pvalue) if many else None
-    return Ranks({run.scored[i]: float(mean[i]) for i in order}, len(whole), p)
+    return Ranks({run.scored[i]: float(mean[i]) for i in order}, len(means), _friedman(means))
+
+
+def _friedman(means: Values) -> float | None:
+    """The p that the methods (columns) differ over the tasks (rows) by chance."""
+    from scipy.stats import friedmanchisquare
+
+    few = means.shape[0] < 2 or means.shape[1] < 3
+    return None if few or (means == means[:, :1]).all() else float(friedmanchisquare(*means.T).pvalue)
 
 
 # --- d_NTP against accuracy ------------------------------------------------------------------------------------------
@@ -223,7 +230,7 @@ def spearman(pairs: Values) -> Metric | None:
     return bootstrap(rho, len(pairs))
 
 
-def _nan(like: Values) -> Values:
+def _nan(like: Any) -> Values:
     return np.full(np.shape(like), np.nan)
 
 

@@ -40,12 +40,16 @@ def total(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
 
 def _check_order(rows: Sequence[Sequence[Edit]]) -> None:
     """Raise `InputError` where an `affine` edit shares numbers with edits it cannot melt into: order would count."""
-    for edit in (edit for row in rows for edit in row if isinstance(edit.op, Affine)):
-        near = [[other for other in row if _overlap(edit.site, other.site)] for row in rows]
-        places = {(other.site, other.where) for row in near for other in row}
-        if max(map(len, near)) > 1 or len(places) > 1:
+    for edit in [edit for row in rows for edit in row if isinstance(edit.op, Affine)]:
+        if any(_clashes(edit, row) for row in rows):
             found = f"edits at {edit.site} whose order counts"
             raise InputError("affine edits that stand alone, to add up", found, "inject one after the other: .then()")
+
+
+def _clashes(edit: Edit, row: Sequence[Edit]) -> bool:
+    """Does a vector edit the same numbers more than once, or as another site or at other tokens?"""
+    near = [other for other in row if _overlap(edit.site, other.site)]
+    return len(near) > 1 or any((other.site, other.where) != (edit.site, edit.where) for other in near)
 
 
 def _overlap(one: Site, other: Site) -> bool:
@@ -59,19 +63,19 @@ def mean(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
         return total([[replace(edit, strength=edit.strength / len(rows)) for edit in edits] for edits in rows])
     if len({len(edits) for edits in rows}) > 1:
         raise InputError("vectors that edit alike, to average", "some edit more", "average vectors of one kind")
-    out = []
-    for alike in zip(*rows, strict=False):
-        first = alike[0]
-        key = _key(first)
-        if any(_key(edit) != key for edit in alike):
-            raise InputError(
-                "vectors that edit alike, to average", f"{key} beside others", "average vectors of one kind"
-            )
-        if not isinstance(first.op, Replace | Blend):
-            raise _no_sum(first.op)
-        middle = torch.stack([edit.op.tensors()["vector"].float() for edit in alike]).mean(0)
-        out.append(replace(first, op=replace(first.op, vector=middle)))
-    return tuple(out)
+    return tuple(_middle(alike) for alike in zip(*rows, strict=True))
+
+
+def _middle(alike: Sequence[Edit]) -> Edit:
+    """The mean of edits that replace or blend alike."""
+    first = alike[0]
+    key = _key(first)
+    if any(_key(edit) != key for edit in alike):
+        raise InputError("vectors that edit alike, to average", f"{key} beside others", "average vectors of one kind")
+    if not isinstance(first.op, Replace | Blend):
+        raise _no_sum(first.op)
+    middle = torch.stack([edit.op.tensors()["vector"].float() for edit in alike]).mean(0)
+    return replace(first, op=replace(first.op, vector=middle))
 
 
 def joint(origins: Sequence[Origin | None], name: str) -> Origin | None:
@@ -131,14 +135,20 @@ def _data(known: Sequence[Origin]) -> dict[str, Any]:
 
 def _melted(group: Sequence[Edit]) -> Op:
     """One op that does what the group's do together."""
-    adds = [edit.strength * edit.op.vector.float() for edit in group if isinstance(edit.op, Add)]
-    affine = [(edit.strength, edit.op) for edit in group if isinstance(edit.op, Affine)]
-    if not affine:
-        return Add(torch.stack(adds).sum(0))
-    shifts = adds + [strength * op.bias.float() for strength, op in affine if op.bias is not None]
-    bias: Tensor | None = torch.stack(shifts).sum(0) if shifts else None
-    read = torch.cat([op.read for _, op in affine])
-    return Affine(read, torch.cat([strength * op.write for strength, op in affine]), bias)
+    maps = [(edit.strength, edit.op) for edit in group if isinstance(edit.op, Affine)]
+    shifts = [part for edit in group if (part := _shift(edit)) is not None]
+    shift: Tensor | None = torch.stack(shifts).sum(0) if shifts else None
+    if not maps:
+        assert shift is not None  # every edit here is an `add`
+        return Add(shift)
+    read = torch.cat([op.read for _, op in maps])
+    return Affine(read, torch.cat([strength * op.write for strength, op in maps]), shift)
+
+
+def _shift(edit: Edit) -> Tensor | None:
+    """The constant part of what an edit adds."""
+    constant = edit.op.vector if isinstance(edit.op, Add) else edit.op.bias if isinstance(edit.op, Affine) else None
+    return None if constant is None else edit.strength * constant.float()
 
 
 def _key(edit: Edit) -> tuple[Any, ...]:
