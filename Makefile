@@ -42,7 +42,7 @@ results: install
 	sh docs/measure.sh $(BIN)
 
 bench: install
-	for name in replay shared_prefix learned_step function_vector learnable_step; do $(BIN)/python benchmarks/$$name.py --json || exit 1; done
+	for name in replay shared_prefix learned_step function_vector learnable_step bench; do $(BIN)/python benchmarks/$$name.py --json || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-vector

@@ -5,7 +5,7 @@ bin=$1
 out=docs/results
 keep() { mv "$out/.new.json" "$out/$1.json"; echo "$1" >&2; }
 "$bin/taskvec" demo --json > "$out/.new.json"; keep demo
-for name in replay shared_prefix learned_step function_vector learnable_step; do
+for name in replay shared_prefix learned_step function_vector learnable_step bench; do
     "$bin/python" "benchmarks/$name.py" --json > "$out/.new.json"; keep "bench_$name"
 done
 sh benchmarks/peers.sh "${PYTHON:-python3}" | tail -1 > "$out/.new.json"; keep peers

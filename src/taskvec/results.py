@@ -76,12 +76,13 @@ class Row:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Row":
         """What `to_dict` gave."""
-        parts: dict[str, Any] = {name: Metric(**v) if _is_metric(v) else v for name, v in plain.items()}
+        parts: dict[str, Any] = {
+            name: Metric(**v) if name in _METRICS and v is not None else v for name, v in plain.items()
+        }
         return cls(**parts)
 
 
-def _is_metric(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"value", "low", "high"}
+_METRICS = {f.name for f in fields(Row) if f.type == Metric | None}
 
 
 @dataclass(frozen=True)

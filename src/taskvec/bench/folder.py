@@ -13,7 +13,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Outcome:
     results: Results = field(default_factory=lambda: Results(()))
     error: str | None = None
     dev: tuple[float, float] | None = None
-    ledger: Mapping[str, float] = field(default_factory=dict)
+    ledger: Mapping[str, int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ class RunFolder:
             if not resume:
                 raise InputError("a new folder for --out", f"{path} holds a run", "pass --resume or name another")
             _same(wanted, _read_yaml(config), path)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(not file.name.startswith(".new.") for file in path.iterdir())):
             raise InputError("a new folder for --out", f"{path} is something else", "name another one")
-        (path / "cells").mkdir(parents=True, exist_ok=True)
-        (path / "vectors").mkdir(exist_ok=True)
-        write(path / "env.json", json.dumps(_environment(), indent=2) + "\n")
+        path.mkdir(parents=True, exist_ok=True)
         write(config, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+        write(path / "env.json", json.dumps(_environment(), indent=2) + "\n")
+        (path / "cells").mkdir(exist_ok=True)
+        (path / "vectors").mkdir(exist_ok=True)
         return cls(path)
 
     @contextmanager
@@ -114,7 +115,7 @@ class RunFolder:
     def kept(self, cell: Cell) -> TaskVector | VectorSource | None:
         """What was fitted and saved."""
         folder = self.path / "vectors" / cell.key
-        return registry.load(folder) if folder.is_dir() else None
+        return replace(registry.load(folder), source=None) if folder.is_dir() else None  # type: ignore[type-var]
 
     def _cell(self, cell: Cell) -> Path:
         return self.path / "cells" / f"{cell.key}.json"
@@ -153,7 +154,7 @@ def _short(value: Any) -> str:
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise InputError(f"a run's configuration in {path}", str(error), "name another folder") from None
 
 

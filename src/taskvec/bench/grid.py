@@ -16,7 +16,10 @@ from taskvec.tasks import Task
 from taskvec.tasks.suite import Suite
 
 METHODS = ("hendel", "function-vector", "linear", "learned")
-PRESET: dict[str, dict[str, str]] = {"function-vector": {"shared": "true"}, "learned": {"queries": "64"}}
+PRESET: dict[str, dict[str, str]] = {
+    "function-vector": {"shared": "true", "trials": "10"},
+    "learned": {"queries": "64"},
+}
 """What a benchmark sets where nobody says otherwise: fits of about a minute, on work that methods share."""
 UNLABELLED = {"linear": "queries", "mean-difference": "queries", "function-vector": "prompts"}
 """The field that a suite's `queries` sets: unlabelled queries, the same ones for all."""

@@ -1,5 +1,6 @@
 """Running a grid: group by group, each cell written down as soon as it is done."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -43,7 +44,10 @@ def run_bench(lm: LM, grid: Grid, folder: RunFolder, *, jobs: int = 1, load: Loa
 
 def _missing(grid: Grid, folder: RunFolder, task: Task, seed: int) -> list[Cell]:
     """Cells that were not run, or failed."""
-    return [cell for cell in grid.cells(task, seed) if not _done(folder.outcome(cell))]
+    cells = grid.cells(task, seed)
+    missing = [cell for cell in cells if not _done(folder.outcome(cell))]
+    last = cells[-1]  # random: it is matched to one of the others
+    return [*missing, last] if missing and last not in missing else missing
 
 
 def _done(outcome: Outcome | None) -> bool:
@@ -115,6 +119,7 @@ class _Group:
         with self.lm.metered() as meter:
             try:
                 done = self._random() if variant.method is None else self._scored(variant)
+                json.dumps([done.dev, done.results.to_dict()], allow_nan=False)  # else it cannot be written down
             except TaskvecError as error:
                 done = Outcome(error=str(error))
             except Exception as error:
@@ -139,12 +144,13 @@ class _Group:
 
     def _random(self) -> Outcome:
         """Matched to the candidate that dev chose."""
-        scores = dict[str, tuple[float, float]]()
+        scores = dict[str, tuple[float, float, int]]()
         for variant in self.grid.variants:
             outcome = self.folder.outcome(self.cells[variant.name])
             if outcome is not None and outcome.error is None and outcome.dev is not None:
-                scores[variant.name] = outcome.dev
-        chosen = min(scores, key=lambda name: (-scores[name][0], scores[name][1]), default="mean-difference")
+                accuracy, far = outcome.dev
+                scores[variant.name] = (-accuracy, far, outcome.results.rows[0].fit_tokens)
+        chosen = min(scores, key=lambda name: scores[name], default="mean-difference")
         condition = self._condition(chosen)
         assert isinstance(condition, TaskVector | VectorSource)
         part = self._row("random", random_like(condition, seed=self.seed))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from taskvec.cli import show
 from taskvec.cli.work import ModelOptions, parse_settings
+from taskvec.errors import InputError
 from taskvec.progress import shown
 
 
@@ -29,6 +30,8 @@ def bench(source: str, where: ModelOptions, options: RunOptions, *, as_json: boo
     from taskvec.report.tables import accuracy
     from taskvec.tasks.suite import load_suite
 
+    if options.jobs < 1:
+        raise InputError("at least one job", f"--jobs {options.jobs}", "raise it")
     suite = load_suite(source)
     methods = bench_methods(options.methods, parse_settings(options.settings or []))
     with shown():

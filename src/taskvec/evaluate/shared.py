@@ -41,11 +41,14 @@ class Shared:
 @contextmanager
 def shared_work(lm: LM) -> Iterator[Shared]:
     """Remember inside. Forgotten at the end, and out of sight while an adapter changes the model (`lm.unproved`)."""
-    shared = lm.proofs["shared"] = Shared()
+    before, shared = lm.proofs.get("shared"), Shared()
+    lm.proofs["shared"] = shared
     try:
         yield shared
     finally:
         del lm.proofs["shared"]
+        if before is not None:
+            lm.proofs["shared"] = before
 
 
 def states_of(lm: LM, prompts: Sequence[Encoded], sites: Sequence[Site]) -> tuple[States, float]:
@@ -74,8 +77,8 @@ def engine_of(lm: LM, prompts: Sequence[Encoded], starts: Sequence[int]) -> Pack
     key = tuple(prompt.ids for prompt in prompts), tuple(starts)
     engine = shared.engines.pop(key, None)
     if isinstance(engine, Packed):
-        lm.charge(engine.once)
-        shared.saved += engine.once
+        lm.charge(engine.held)
+        shared.saved += engine.held
     shared.engines[key] = engine = engine or replay(lm, prompts, starts=starts, keep=True)
     while len(shared.engines) > KEPT:
         del shared.engines[next(iter(shared.engines))]

@@ -55,6 +55,12 @@ class Packed:
         """Tokens that are run once for all trials: the shared prefix, and each prompt up to its start."""
         return self.shared + sum(start - self.shared for start in self.starts)
 
+    @property
+    def held(self) -> int:
+        """Those of them that are held by now, and not run again."""
+        kept = [number for grove in self._kept for part in self._groves[grove] for number in part]
+        return self.shared * ("_root" in vars(self)) + sum(self.starts[number] - self.shared for number in kept)
+
     @cached_property
     def _root(self) -> tuple[Tree, int]:
         empty = Tree(self.lm)

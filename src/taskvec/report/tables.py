@@ -1,5 +1,6 @@
 """A run's tables, as cells; and as Markdown and LaTeX."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -185,8 +186,12 @@ def markdown(table: Table) -> str:
     return f"{table.caption}\n\n{body}"
 
 
+_MD = re.compile(r"[\\`*<&|]|\](?=\()|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown would read as its own; not the underscore inside a word."""
+
+
 def _md(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    return _MD.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def latex_tables(run: "Run") -> str:
@@ -198,6 +203,7 @@ def latex(table: Table) -> str:
     """One table as LaTeX."""
     columns = "l" * table.text + "r" * (len(table.header) - table.text)
     lines = [" & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in (table.header, *table.rows)]
+    lines = ["{}" + line if line.startswith(("[", "*")) else line for line in lines]  # else the line above takes it
     body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
     top = f"\\begin{{table}}\n\\caption{{{table.caption.translate(_LATEX)}}}\n\\label{{tab:{table.name}}}"
     return f"{top}\n\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}"

@@ -120,7 +120,8 @@ def _find(source: str | Path) -> Path:
         builtin = folder / f"{_plain_name(source)}.jsonl"
         if path.name == str(source) and os.path.isfile(builtin):
             return builtin
-    raise unknown("a task file or a built-in task", str(source), [*builtin_tasks(), *datasets()])
+    tiny = sorted(path.stem for path in (_DATA / "tiny").glob("*.jsonl"))
+    raise unknown("a task file or a built-in task", str(source), [*builtin_tasks(), *datasets(), *tiny])
 
 
 def _example(line: str, place: str) -> Example:
