@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+PAGES := README.md docs/*.md docs/methods/*.md docs/benchmark/README.md
 export HF_HUB_OFFLINE := 1
 
 .PHONY: install demo test test-slow check docs results bench clean
@@ -31,11 +32,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/cog --check -I docs README.md docs/*.md docs/methods/*.md
+	$(BIN)/cog --check -I docs $(PAGES)
 
 # Rewrite the generated parts of README and docs from the measured files in docs/results.
 docs: install
-	$(BIN)/cog -r -I docs README.md docs/*.md docs/methods/*.md
+	$(BIN)/cog -r -I docs $(PAGES)
 
 # Measure again what README and docs quote. Takes about half an hour; run it alone.
 results: install

@@ -58,7 +58,7 @@ def seconds_a_token(lm: LM, asked: Asked) -> float:
 
 def measure(lm: LM) -> dict[str, Any]:
     suite = load_suite("classification").model_copy(update={"tasks": (SET,)})
-    grid = Grid.of(lm, suite, bench_methods(None, {}), [0])
+    grid = Grid.of(lm, suite, bench_methods(None, {}, suite.queries), [0])
     asked: Asked = []
     recording(asked)
     with tempfile.TemporaryDirectory() as folder:

@@ -154,6 +154,29 @@ def method_results() -> str:
     return "\n" + "\n\n".join(out) + "\n"
 
 
+def transfers() -> str:
+    """Both directions of transfer, a table a task."""
+    out = []
+    for path in sorted(RESULTS.glob("transfer_*.json")):
+        rows = read(path.stem)["rows"]
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault(row["method"], []).append(row)
+        keys = ("accuracy", "first_token_accuracy", "label_accuracy", "d_ntp", "d_ntp_full")
+        shown = [key for key in keys if any(row[key] is not None for row in rows)]
+        body = [[method, *(seeds(some, key) for key in shown)] for method, some in groups.items()]
+        _, way, task = path.stem.split("_", 2)
+        pair = "Gemma-3-270m into SmolLM2-135M" if way == "down" else "SmolLM2-135M into Gemma-3-270m"
+        out.append(f"### {task}: {pair}\n\n{markdown(['method', *shown], body)}")
+    return "\n" + "\n\n".join(out) + "\n"
+
+
+def run_tables() -> str:
+    """The benchmark run's own tables, without its title."""
+    text = (RESULTS.parent / "benchmark" / "tables.md").read_text("utf-8")
+    return "\n" + text.partition("\n")[2].strip() + "\n"
+
+
 COSTS = {"fit_tokens": "fit tokens", "fit_seconds": "fit s"}
 
 

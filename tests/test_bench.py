@@ -31,6 +31,8 @@ from taskvec.comparison import compare, with_controls
 from taskvec.errors import InputError, ModelError, UnknownName
 from taskvec.lm import LM
 from taskvec.methods import Method
+from taskvec.methods.adaptive import AdaptiveTaskVector
+from taskvec.methods.adaptive_ridge import AdaptiveRidge
 from taskvec.methods.elicit import Elicit
 from taskvec.methods.function_vector import FunctionVector
 from taskvec.methods.hendel import HendelTaskVector
@@ -41,7 +43,7 @@ from taskvec.prompts import Example, PromptFormat
 from taskvec.report import read_run
 from taskvec.results import Results, Row
 from taskvec.sites import Site
-from taskvec.tasks import Task, TaskSpec, load_task
+from taskvec.tasks import Task, TaskSpec, Train, load_task
 from taskvec.tasks.suite import Suite, load_suite
 from taskvec.vector import Add, Edit, TaskVector
 
@@ -83,7 +85,7 @@ def one_task(suite: Path) -> Suite:
 
 @pytest.fixture(scope="module")
 def grid(suite: Path) -> Grid:
-    return Grid.of(lm(), load_suite(suite), bench_methods(["linear", "elicit"], settings()), [0])
+    return Grid.of(lm(), load_suite(suite), bench_methods(["linear", "elicit"], settings(), 8), [0])
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,8 @@ def compared(results: Results) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 def test_rows_are_those_of_compare(grid: Grid, whole: Path) -> None:
     asked: list[Method] = [LinearTaskVector(queries=8), Elicit(others=(), prompts=2, n_dev=4)]
-    expected = compared(compare(lm(), grid.tasks[1], asked))
+    expected = compared(compare(lm(), grid.tasks[1], [MeanDifference(queries=8), *asked]))
+    expected = {key: row for key, row in expected.items() if not key[1].endswith("-task-mean")}
     assert len(expected) == 9
     found = {key: row for key, row in rows_of(plain_cells(whole)).items() if key[0] == "vowel"}
     assert found.keys() == expected.keys()
@@ -425,7 +428,7 @@ def test_a_run_killed_at_every_cell_and_moment_ends_as_an_unbroken_one(
     suite: Path, whole: Path, tmp_path: Path
 ) -> None:
     """Killed and resumed again and again: at each cell in turn, at three moments of it."""
-    grid = Grid.of(lm(), one_task(suite), bench_methods(["linear"], {}), [0])
+    grid = Grid.of(lm(), one_task(suite), bench_methods(["linear"], {}, 8), [0])
     path = tmp_path / "run"
     moments = [(cell, point) for cell in all_cells(grid) for point in POINTS]
     moments.remove((all_cells(grid)[-1], POINTS[1]))  # of random nothing is kept
@@ -612,6 +615,38 @@ def test_random_is_matched_to_what_dev_chooses_after_a_second_try(
     assert read_run(in_good_mood).rows_of("spell", "random")[0].matched == "moody"
     assert read_run(path).rows_of("spell", "random")[0].matched == "moody"
     assert plain_cells(path) == plain_cells(in_good_mood)
+
+
+def test_a_kill_between_a_second_try_and_random_leaves_no_stale_match(
+    moody: Grid, in_good_mood: Path, tmp_path: Path
+) -> None:
+    path = failed_once(moody, in_good_mood, tmp_path / "run")
+
+    def killed(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs._Group, "_random", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(moody, path, resume=True)
+    assert read_run(path).rows_of("spell", "random") == []  # not the match with what was best before
+    go(moody, path, resume=True)
+    assert plain_cells(path) == plain_cells(in_good_mood)
+
+
+def test_other_versions_of_torch_are_refused_and_what_it_was_begun_with_stays(
+    grid: Grid, whole: Path, tmp_path: Path
+) -> None:
+    path = part_of(whole, tmp_path / "run", [])
+    there = json.loads((path / "env.json").read_text())
+    there["packages"]["torch"] = "1.0"
+    (path / "env.json").write_text(json.dumps(there))
+    with pytest.raises(InputError, match=r"the versions .* was begun with; found torch 1.0 there"):
+        RunFolder.open(path, grid, resume=True)
+    assert json.loads((path / "env.json").read_text()) == there
+    (path / "env.json").unlink()  # a kill within open
+    RunFolder.open(path, grid, resume=True)
+    assert (path / "env.json").is_file()
 
 
 def test_where_few_shot_fails_all_cells_say_so(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -810,7 +845,7 @@ BASE: dict[str, Any] = {"task": a_task(), "model": MODEL, "seed": 0, "methods": 
 def keys(**changed: Any) -> dict[str, str]:
     """The keys of one group's cells by method."""
     what = BASE | {"others": (), "seeds": (0, 1), "suite": Suite(name="s", tasks=("t",))} | changed
-    variants = grids._variants(with_controls(list(what["methods"])))
+    variants = grids._variants(with_controls(list(what["methods"])), what["suite"])
     tasks = (what["task"], *what["others"])
     grid = Grid(what["suite"], tasks, tuple(variants), what["seeds"], what["model"])
     return {cell.method: cell.key for cell in grid.cells(what["task"], what["seed"])}
@@ -891,6 +926,93 @@ def test_keys_are_the_same_in_every_process() -> None:
     assert keys(**loaded) == found
 
 
+# --- tasks together, and unseen ones ----------------------------------------------------------------------------------
+
+TOGETHER: list[Method] = [
+    AdaptiveTaskVector(rows=6, epochs=1, batch=6, n_dev=3),
+    AdaptiveRidge(queries=6),
+    LinearTaskVector(queries=6),
+]
+
+
+def joint_suite(**changed: Any) -> Suite:
+    tasks = {"tasks": ("tiny_spell", "tiny_upper"), "unseen": ("tiny_successor",)}
+    return Suite(**{"name": "joint", "shots": 4, "n_test": 6, **tasks, **changed})
+
+
+def test_methods_that_can_are_fitted_once_a_seed_on_all_seen_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid.of(lm(), joint_suite(), TOGETHER, [0, 1])
+    fits = list[tuple[str, int]]()
+    for kind in (AdaptiveTaskVector, AdaptiveRidge, LinearTaskVector):
+        original: Any = kind.fit
+
+        def fit(self: Any, lm: LM, train: Any, dev: Any, *, seed: int, original: Any = original) -> Any:
+            trains = [train] if isinstance(train, Train) else train
+            fits.append((f"{self.name} {','.join(one.spec.name for one in trains)}", seed))
+            return original(self, lm, train, dev, seed=seed)
+
+        monkeypatch.setattr(kind, "fit", fit)
+    folder = go(grid, tmp_path / "run")
+    for name in ("adaptive", "adaptive-ridge"):
+        assert [item for item in fits if item[0].startswith(f"{name} ")] == [
+            (f"{name} tiny_spell,tiny_upper", seed) for seed in (0, 1)
+        ]
+    assert len([item for item in fits if item[0] == "linear tiny_successor"]) == 2 * 2  # and its shuffled control
+    errors = [folder.outcome(cell) for task, seed in grid.groups() for cell in grid.cells(task, seed)]
+    assert all(outcome is not None and outcome.error is None for outcome in errors)
+    unseen = {cell.method: cell for cell in grid.cells(grid.tasks[2], 0)}
+    ends = ("-shuffled", "-other-task", "-task-mean", "-bias")
+    assert {f"{name}{end}" for name in ("adaptive", "adaptive-ridge") for end in ends} <= unseen.keys()
+    row = folder.outcome(unseen["adaptive"])
+    assert row is not None
+    seen = folder.kept(unseen["adaptive"])
+    assert seen is not None
+    assert seen.origin is not None
+    assert grid.tasks[2].spec.data_hash not in seen.origin.kept_away
+    assert {task.spec.data_hash for task in grid.seen} == set(seen.origin.kept_away)
+
+
+def test_a_stopped_run_of_tasks_together_goes_on_without_a_new_fit(tmp_path: Path) -> None:
+    grid = Grid.of(lm(), joint_suite(), TOGETHER[:1], [0])
+    whole = go(grid, tmp_path / "whole").path
+    path = part_of(whole, tmp_path / "part", [])
+    (cell,) = (cell for cell in grid.cells(grid.tasks[2], 0) if cell.method == "adaptive")
+    for file in (path / "cells").glob(f"{cell.key}.*"):
+        file.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdaptiveTaskVector, "fit", lambda *_, **__: pytest.fail("it is kept"))
+        go(grid, path, resume=True)
+    assert plain_cells(path) == plain_cells(whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "which"),
+    [
+        ({"unseen": ("tiny_lower",)}, set()),
+        ({"tasks": ("tiny_spell", "tiny_vowel")}, {"adaptive", "adaptive-shuffled", "adaptive-bias", "random"}),
+        ({"unseen": ()}, {"adaptive", "adaptive-shuffled", "adaptive-bias"}),
+    ],
+)
+def test_a_key_changes_with_the_tasks_fitted_on_together(changed: Any, which: set[str]) -> None:
+    suites = joint_suite(), joint_suite(**changed)
+    before, after = (Grid.of(lm(), suite, TOGETHER[:1], [0]) for suite in suites)
+    cells = [{cell.method: cell for cell in grid.cells(grid.tasks[0], 0)} for grid in (before, after)]
+    moved = {name for name in cells[0] if cells[0][name].key != cells[1][name].key}
+    assert which - {"random"} <= moved
+    assert not moved & {"zero-shot", "few-shot", "mean-difference"}
+    assert (cells[0]["adaptive"].fit == cells[1]["adaptive"].fit) == (not which)
+
+
+def test_without_together_every_task_has_its_own_fit() -> None:
+    grid = Grid.of(lm(), joint_suite(unseen=()), TOGETHER[:1], [0])
+    fits = [cell.fit for task in grid.tasks for cell in grid.cells(task, 0) if cell.method == "adaptive"]
+    keys = [cell.key for task in grid.tasks for cell in grid.cells(task, 0) if cell.method == "adaptive"]
+    assert fits == keys
+    assert len(set(fits)) == 2
+
+
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
@@ -918,18 +1040,19 @@ def test_a_method_given_twice_is_refused(suite: Path) -> None:
 
 
 def test_a_suites_queries_reach_the_methods_that_take_them_and_give_way_to_a_setting(suite: Path) -> None:
-    methods: list[Method] = [LinearTaskVector(), FunctionVector(), LearnedTaskVector(queries=64), HendelTaskVector()]
+    names, queries = ["linear", "function-vector", "learned", "hendel"], load_suite(suite).queries
+    methods = bench_methods(names, {}, queries)
     made = {v.name: v.method for v in Grid.of(lm(), load_suite(suite), methods, [0]).variants}
-    assert made["linear"] == LinearTaskVector(queries=8)
-    assert made["linear-shuffled"] == LinearTaskVector(queries=8)
-    assert made["function-vector"] == FunctionVector(prompts=8)
+    assert made["linear"] == made["linear-shuffled"] == LinearTaskVector(queries=8)
+    assert made["function-vector"] == FunctionVector(prompts=8, shared=True, trials=10)
     assert made["learned"] == LearnedTaskVector(queries=64)
     assert made["hendel"] == HendelTaskVector()
-    own = Grid.of(lm(), load_suite(suite), [LinearTaskVector(queries=9), MeanDifference(queries=7)], [0])
-    assert {v.name: v.method for v in own.variants}["linear"] == LinearTaskVector(queries=9)
-    assert {v.name: v.method for v in own.variants}["mean-difference"] == MeanDifference(queries=7)
-    without = load_suite(suite).model_copy(update={"queries": None})
-    assert {v.name: v.method for v in Grid.of(lm(), without, methods, [0]).variants}["linear"] == LinearTaskVector()
+    assert made["mean-difference"] == MeanDifference(queries=8)
+    set_ = {"linear": {"queries": "256"}, "mean-difference": {"queries": "7"}}  # 256 is linear's own default
+    own = {method.name: method for method in bench_methods(names, set_, queries)}
+    assert own["linear"] == LinearTaskVector(queries=256)
+    assert own["mean-difference"] == MeanDifference(queries=7)
+    assert {method.name: method for method in bench_methods(names, {}, None)}["linear"] == LinearTaskVector()
 
 
 def test_the_methods_of_a_benchmark() -> None:

@@ -196,7 +196,7 @@ def test_methods_say_what_they_are_and_what_they_need(run: Run) -> None:
         assert set(row["ops"]) <= set(OPS)
     assert [name for name, row in rows.items() if row["needs_labels"]] == ["linear-probe", "calibration"]
     trained = {name for name, row in rows.items() if row["needs_gradients"]}
-    assert trained == {"learned", "learnable", "i2cl", "lora", "prefix-tuning", "prompt-tuning"}
+    assert trained == {"adaptive", "learned", "learnable", "i2cl", "lora", "prefix-tuning", "prompt-tuning"}
 
 
 @pytest.mark.parametrize("name", ["linear-probe", "calibration"])

@@ -14,8 +14,9 @@ from torch import Tensor
 from taskvec import methods
 from taskvec.errors import InputError
 from taskvec.evaluate import observe, score
+from taskvec.evaluate.ridge import RIDGES, degrees_of_freedom, leave_one_out, ridge_dual
 from taskvec.lm import LM
-from taskvec.methods.linear import RIDGES, LinearTaskVector, degrees_of_freedom, leave_one_out, ridge_dual
+from taskvec.methods.linear import LinearTaskVector
 from taskvec.prompts import Example, PromptFormat
 from taskvec.tasks import Task, TaskSpec
 from taskvec.vector import Affine, TaskVector

@@ -18,12 +18,13 @@ from torch.nn.functional import cross_entropy
 from taskvec import methods
 from taskvec.errors import InputError, MissingSite, TaskvecError, UnknownName
 from taskvec.evaluate import observe, score
+from taskvec.evaluate.ridge import ridge_dual
 from taskvec.lm import LM
 from taskvec.methods.function_vector import FunctionVector
 from taskvec.methods.hendel import HendelTaskVector
 from taskvec.methods.learnable import LearnableTaskVector
 from taskvec.methods.learned import LearnedTaskVector
-from taskvec.methods.linear import LinearTaskVector, ridge_dual
+from taskvec.methods.linear import LinearTaskVector
 from taskvec.methods.mean_difference import MeanDifference
 from taskvec.methods.prompted import FewShot, ZeroShot
 from taskvec.prompts import Example

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from taskvec import progress
-from taskvec.progress import shown, track
+from taskvec.progress import note, shown, track
 
 SWITCHES = ["TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"]
 
@@ -41,7 +41,7 @@ def test_a_long_task_reports_how_far_it_is(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", -1.0)
     with shown():
         assert list(track("ab", "outer", 2)) == ["a", "b"]
-    assert capsys.readouterr().err.splitlines() == ["outer ...", "outer 1/2", "outer 2/2"]
+    assert capsys.readouterr().err.splitlines() == ["outer ...", "outer 1/2, 0 s left", "outer 2/2"]
 
 
 def test_a_line_is_printed_every_ten_seconds_and_not_more_often(
@@ -53,7 +53,25 @@ def test_a_line_is_printed_every_ten_seconds_and_not_more_often(
     with shown():
         for _ in track(range(8), "slow", 8):
             now[0] = float(next(clock))
-    assert capsys.readouterr().err.splitlines() == ["slow ...", "slow 3/8", "slow 6/8"]
+    assert capsys.readouterr().err.splitlines() == ["slow ...", "slow 3/8, 20 s left", "slow 6/8, 8 s left"]
+
+
+def test_a_note_changes_the_innermost_label(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", -1.0)
+    note("nobody listens")
+    with shown():
+        for _ in track("a", "outer", 1):
+            for _ in track("b", "inner", 1):
+                note("loss 0.5")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["outer ...", "inner ...", "loss 0.5 0/1", "loss 0.5 1/1", "outer 1/1"]
+
+
+def test_time_left_is_told_in_minutes_where_it_is_long() -> None:
+    assert progress._left(["x", 10, 1, 60.0, 0.0]) == ", 9 min left"
+    assert progress._left(["x", 10, 0, 60.0, 0.0]) == ""
 
 
 def test_nested_tasks_are_counted_apart(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +80,7 @@ def test_nested_tasks_are_counted_apart(capsys: pytest.CaptureFixture[str], monk
         for _ in track("ab", "outer", 2):
             list(track("x", "inner", 1))
     lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if line.startswith("outer")] == ["outer ...", "outer 1/2", "outer 2/2"]
+    assert [line for line in lines if line.startswith("outer")] == ["outer ...", "outer 1/2, 0 s left", "outer 2/2"]
     assert [line for line in lines if line.startswith("inner")] == ["inner ...", "inner 1/1"] * 2
 
 

@@ -22,7 +22,7 @@ from scipy import stats
 from taskvec.errors import InputError
 from taskvec.report import read_run, statistics, tables, write_report
 from taskvec.report.read import Failure, Run
-from taskvec.report.statistics import ALL, Paired, by_item, by_seed, paired_permutation, paired_tests, ranks, spearman
+from taskvec.report.statistics import Paired, by_item, by_seed, paired_permutation, paired_tests, ranks, spearman
 from taskvec.report.tables import Table, all_tables, latex, latex_tables, markdown, markdown_tables, said
 from taskvec.results import Metric, Row, Values
 
@@ -30,10 +30,13 @@ Hits = Mapping[str, Mapping[str, Sequence[Sequence[int]]]]
 """1 or 0 by task, method, seed and item."""
 
 
+ENOUGH = statistics.enough
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _few_resamples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "RESAMPLES", 199)
+        patch.setattr(statistics, "enough", lambda pairs: 199)
         yield
 
 
@@ -76,7 +79,8 @@ def run_of(
                 else:
                     records += [key | {"correct": bool(hit), "label_correct": None} for hit in items]
     schema = {"method": pl.String, "task": pl.String, "seed": pl.Int64, "correct": pl.Boolean}
-    config: dict[str, Any] = {"suite": {"name": "mine"}, "tasks": {task: {} for task in hits}, "seeds": [0]}
+    config: dict[str, Any] = {"suite": {"name": "mine"}, "tasks": {task: {} for task in hits}}
+    config["seeds"] = list(range(max((len(seeds) for some in hits.values() for seeds in some.values()), default=1)))
     config["methods"] = {name: {} for name in methods}
     examples = pl.DataFrame(records, schema={**schema, "label_correct": pl.Boolean})
     return Run(Path("nowhere"), config, {}, tuple(rows), tuple(failures), tuple(ledger), examples)
@@ -116,8 +120,23 @@ def test_the_interval_by_item_is_that_of_the_items_shares() -> None:
     assert [found.low, found.high] == pytest.approx([other.low, other.high], abs=0.02)
     again = by_item(np.concatenate([hits, hits, hits]))  # more seeds of the same make no item more certain
     assert [again.low, again.high] == pytest.approx([found.low, found.high])
-    assert by_item(floats([[1, 1, 1]])) == Metric(1.0, 1.0, 1.0)
     assert by_item(floats([[1], [0]])) == Metric(0.5, 0.5, 0.5)
+
+
+def test_the_interval_of_all_or_none_is_wilsons() -> None:
+    """200 of 200 is not certainty: (200 + 1.92) / (200 + 3.84) is its interval's other end's centre."""
+    for hits, value in ((np.ones((2, 200)), 1.0), (np.zeros((2, 200)), 0.0)):
+        found = by_item(hits)
+        assert found.value == value
+        assert found.high - found.low == pytest.approx(1.96**2 / (200 + 1.96**2), abs=1e-4)
+
+
+def test_the_interval_over_tasks_is_students() -> None:
+    found = statistics.by_task([floats([[1, 0, 1, 0]]), floats([[1, 1, 1, 1]])])
+    assert found.value == pytest.approx(0.75)
+    assert found.high == pytest.approx(0.75 + 12.706205 * 0.25)
+    one = floats([[1, 0, 1, 0]])
+    assert statistics.by_task([one]) == by_item(one)
 
 
 def test_the_interval_by_seed_is_students_by_hand() -> None:
@@ -168,8 +187,7 @@ def test_one_item_decides_nothing() -> None:
     assert paired_permutation(floats([1.0]), floats([1.0])) == (0.0, 1.0)
 
 
-def test_with_many_items_it_is_close_to_the_sign_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "RESAMPLES", 4999)
+def test_with_many_items_it_is_close_to_the_sign_test() -> None:
     # differences of 1 and 0 only: what the signs of 20 differences add up to is a binomial
     for wins, losses in ((14, 6), (17, 3), (10, 10)):
         a = floats([1] * wins + [0] * losses + [1] * 30)
@@ -205,26 +223,34 @@ def three_methods(tasks: int = 1) -> Run:
 def prescribed(monkeypatch: pytest.MonkeyPatch, ps: Sequence[float]) -> None:
     """The tests come out with these p, in order."""
     left = list(ps)
-    monkeypatch.setattr(statistics, "paired_permutation", lambda a, b: (float((a - b).mean()), left.pop(0)))
+    monkeypatch.setattr(statistics, "paired_permutation", lambda a, b, n: (float((a - b).mean()), left.pop(0)))
 
 
 def test_correction_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     # 1 + 1/2 + 1/3 = 11/6; sorted 0.001, 0.04, 0.5 times 3/1, 3/2, 3/3 of it
-    prescribed(monkeypatch, [0.001, 0.5, 0.04, 0.01, 0.02, 0.03])
+    prescribed(monkeypatch, [0.001, 0.5, 0.04])
     found = paired_tests(three_methods())
-    assert [test.task for test in found] == ["t0"] * 3 + [ALL] * 3
-    assert [(test.a, test.b) for test in found[:3]] == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert [test.p for test in found] == [0.001, 0.5, 0.04, 0.01, 0.02, 0.03]
-    assert [test.corrected for test in found[:3]] == pytest.approx([0.0055, 11 / 12, 0.11])
-    assert [test.corrected for test in found[3:]] == pytest.approx([0.055] * 3)
-    assert [test.clear for test in found] == [True, False, False, False, False, False]
+    assert [(test.a, test.b) for test in found] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert [test.p for test in found] == [0.001, 0.5, 0.04]
+    assert [test.corrected for test in found] == pytest.approx([0.0055, 11 / 12, 0.11])
+    assert by_hand([0.001, 0.5, 0.04]) == pytest.approx([0.0055, 11 / 12, 0.11])
+    assert [test.clear for test in found] == [True, False, False]
 
 
-def test_a_familys_size_counts_all_of_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    ps = [0.001, 0.02, 0.9, 0.03, 0.004, 0.2, 0.01, 0.02, 0.03]
-    prescribed(monkeypatch, ps)
-    found = paired_tests(three_methods(tasks=2))
-    assert [test.corrected for test in found] == pytest.approx(by_hand(ps[:6]) + by_hand(ps[6:]))
+@pytest.mark.parametrize("pairs", [1, 3, 36, 91, 190])
+def test_one_true_difference_among_all_pairs_can_be_told(pairs: int) -> None:
+    """The smallest p there is, 2 / (resamples + 1), stays below ALPHA after the correction."""
+    least = 2 / (ENOUGH(pairs) + 1)
+    assert by_hand([least, *[1.0] * (pairs - 1)])[0] < statistics.ALPHA
+
+
+def test_only_seeds_that_both_have_are_compared() -> None:
+    """The second seed of b failed: its first is held against a's first alone."""
+    run = run_of({"t": {"a": [[1, 1, 0, 0], [0, 0, 0, 0]], "b": [[1, 0, 0, 0]]}})
+    (test,) = paired_tests(run)
+    assert test.difference == pytest.approx(1 / 4)
+    (line,) = (row for row in tables.accuracy(run).rows if row[0] == "b")
+    assert line[1].endswith("(1 of 2 seeds)")
 
 
 def test_differences_are_of_the_items_shares_over_seeds() -> None:
@@ -235,16 +261,14 @@ def test_differences_are_of_the_items_shares_over_seeds() -> None:
         },
         labelled=["u"],
     )
-    t, u, whole = paired_tests(run)
-    assert (t.task, u.task, whole.task) == ("t", "u", ALL)
-    assert [t.difference, u.difference, whole.difference] == pytest.approx([3 / 8, 1 / 4, (3 / 8 * 4 + 1 / 4 * 2) / 6])
-    assert t.p == pytest.approx(brute_force([1, 0.5, 0, 1], [0, 0.5, 0, 0.5]))
+    (whole,) = paired_tests(run)
+    assert whole.difference == pytest.approx((3 / 8 * 4 + 1 / 4 * 2) / 6)
     assert whole.p == pytest.approx(brute_force([1, 0.5, 0, 1, 1, 1], [0, 0.5, 0, 0.5, 0.5, 1]))
 
 
 def test_clear_is_after_correction() -> None:
-    assert Paired("t", "a", "b", 0.1, 0.001, 0.049).clear
-    assert not Paired("t", "a", "b", 0.1, 0.001, 0.05).clear
+    assert Paired("a", "b", 0.1, 0.001, 0.049).clear
+    assert not Paired("a", "b", 0.1, 0.001, 0.05).clear
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -372,13 +396,22 @@ ROWS = (
 )
 
 
+WRONG_ITEMS = pl.DataFrame(
+    [
+        {"task": "t", "method": method, "seed": seed, "d_ntp": d_ntp, "icl_wrong": wrong}
+        for method, seed, far in (("zero-shot", 0, 3.0), ("linear", 0, 1.0), ("linear", 1, 0.5))
+        for d_ntp, wrong in ((far - 0.25, True), (far + 0.25, True), (99.0, False))
+    ]
+)
+
+
 def test_points_are_all_rows_but_few_shots_and_those_without_d_ntp() -> None:
-    run = replace(run_with({"t": {}, "u": {}}), rows=ROWS)
+    run = replace(run_with({"t": {}, "u": {}}), rows=ROWS, examples=WRONG_ITEMS)
     found = statistics.points(run)
-    assert [(p.task, p.method, p.seed, p.d_ntp, p.accuracy, p.when_icl_wrong) for p in found] == [
-        ("t", "zero-shot", 0, 2.0, 0.1, 0.0),
-        ("t", "linear", 0, 0.5, 0.8, 0.5),
-        ("t", "linear", 1, 0.25, 0.85, 0.75),
+    assert [(p.task, p.method, p.seed, p.d_ntp, p.accuracy, p.where_wrong) for p in found] == [
+        ("t", "zero-shot", 0, 2.0, 0.1, (3.0, 0.0)),
+        ("t", "linear", 0, 0.5, 0.8, (1.0, 0.5)),
+        ("t", "linear", 1, 0.25, 0.85, (0.5, 0.75)),
         ("u", "zero-shot", 0, 9.0, 0.2, None),
         ("u", "linear", 0, 8.0, 0.3, None),
         ("u", "learned", 0, 7.0, 0.4, None),
@@ -388,14 +421,17 @@ def test_points_are_all_rows_but_few_shots_and_those_without_d_ntp() -> None:
 
 
 def test_correlations_within_tasks_pooled_and_where_few_shot_is_wrong() -> None:
-    run = replace(run_with({"v": {}, "t": {}, "u": {}}), rows=ROWS)  # v has no rows: it has no line
+    # v has no rows: it has no line
+    run = replace(run_with({"v": {}, "t": {}, "u": {}}), rows=ROWS, examples=WRONG_ITEMS)
     found = {c.what: c for c in statistics.correlations(run)}
     assert {what: c.n for what, c in found.items()} == {
         "t": 3,
         "u": 3,
         "pooled": 6,
         "pooled, within tasks": 6,
+        "t, where few-shot is wrong": 3,
         "pooled, where few-shot is wrong": 3,
+        "pooled, within tasks, where few-shot is wrong": 3,
     }
     rhos = {what: c.rho.value for what, c in found.items() if c.rho is not None}
     assert rhos["t"] == rhos["u"] == rhos["pooled, within tasks"] == pytest.approx(-1)
@@ -414,9 +450,36 @@ def test_ranks_within_tasks_take_away_which_task_is_hard() -> None:
     assert pooled is not None
     assert within is not None
     assert pooled.value > 0
-    pairs = [(i / 5, (6 - i) / 5) for i in range(1, 6)] + [(i / 3, (4 - i) / 3) for i in range(1, 4)]
+    pairs = [((i - 0.5) / 5, (5.5 - i) / 5) for i in range(1, 6)] + [
+        ((i - 0.5) / 3, (3.5 - i) / 3) for i in range(1, 4)
+    ]
     assert within.value == pytest.approx(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
     assert within.value < -0.9
+
+
+def test_ranks_of_small_tasks_are_not_low_ranks() -> None:
+    """Tasks of one point, whose d_ntp and accuracy mean nothing, must not make a correlation."""
+    rows = [row("m", f"t{i}", float(i), 0.5) for i in range(6)]
+    rows += [row(f"m{i}", "big", float(i % 3), 0.5 + (i % 2) / 10) for i in range(6)]
+    run = replace(run_with({name: {} for name in (*(f"t{i}" for i in range(6)), "big")}), rows=tuple(rows))
+    found = {c.what: c.rho for c in statistics.correlations(run)}
+    within, big = found["pooled, within tasks"], found["big"]
+    assert within is not None
+    assert big is not None
+    assert within.value == pytest.approx(big.value, abs=0.05)
+
+
+def test_whole_tasks_are_resampled_where_points_are_pooled() -> None:
+    """Copies of a task's points add no certainty."""
+    once = [row(f"m{i}", f"t{t}", i + t / 3, (0.1 * ((i * (t + 2)) % 5))) for t in range(4) for i in range(5)]
+    more = [replace(one, seed=seed) for one in once for seed in range(4)]
+    widths = list[float]()
+    for rows in (once, more):
+        run = replace(run_with({f"t{t}": {} for t in range(4)}), rows=tuple(rows))
+        (rho,) = (c.rho for c in statistics.correlations(run) if c.what == "pooled")
+        assert rho is not None
+        widths.append(rho.high - rho.low)
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -509,11 +572,11 @@ def test_everything_right_is_no_difference_and_no_correlation() -> None:
 
 def test_a_method_missing_on_a_task_is_compared_on_the_others_alone() -> None:
     run = DEGENERATE["a method missing on a task"]
-    pairs = {(test.task, test.a, test.b) for test in paired_tests(run)}
-    assert ("t", "zero-shot", "linear") in pairs
-    assert not any("linear" in (a, b) for task, a, b in pairs if task != "t")
+    assert not any("linear" in (test.a, test.b) for test in paired_tests(run))
     (line,) = (row for row in tables.accuracy(run).rows if row[0] == "linear")
-    assert line[2:] == ("failed", "0.400 of 1")
+    assert line[2] == "failed"
+    assert line[3].startswith("0.400 [")
+    assert line[3].endswith("] of 1")
 
 
 # --- reading a folder -------------------------------------------------------------------------------------------------
@@ -628,6 +691,9 @@ def test_a_report_writes_what_was_read(folder: Path) -> None:
     assert [Row.from_dict(r) for r in plain["rows"]] == list(run.rows)
     assert plain["failed"] == [{"task": "t", "method": "b", "seed": 1, "error": "it failed"}]
     assert plain["ledger"] == list(run.ledger)
+    assert plain["tests"] == [asdict(test) for test in paired_tests(run)]
+    assert [one["what"] for one in plain["correlations"]] == [c.what for c in statistics.correlations(run)]
+    assert not list(folder.glob(".new.*"))
     assert pl.read_parquet(folder / "results.parquet").equals(run.examples)
     assert (folder / "tables.md").read_text() == markdown_tables(run)
     assert (folder / "tables.tex").read_text() == latex_tables(run)
@@ -683,7 +749,7 @@ def rich_run() -> Run:
         "agreement": metric(0.5),
         "fit_tokens": 12345,
         "fit_seconds": 1.25,
-        "found": {"layer": 3, "long": [0] * 9},
+        "found": {"layer": 3, "long": [0] * 99},
     }
     return run_of(hits, labelled=["u"], chosen="linear", d_ntp=far, **values)
 
@@ -698,7 +764,7 @@ def test_the_accuracy_table_is_by_item_and_its_mean_is_over_tasks() -> None:
         for text, h in zip(line[1:4], hits, strict=True):
             found = by_item(h)
             assert text == f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-        assert line[4] == f"{np.mean([h.mean() for h in hits]):.3f}"
+        assert line[4] == said(statistics.by_task(hits))
 
 
 def test_closeness_has_the_interval_by_seed_and_means_over_seeds() -> None:
@@ -733,7 +799,7 @@ def test_ranks_tests_and_correlations_are_those_of_statistics() -> None:
     assert tables.rank_table(run).rows == tuple((m, f"{mean:.2f}") for m, mean in found.mean.items())
     assert f"p = {found.p:.2g}" in tables.rank_table(run).caption
     assert "over 3 tasks" in tables.rank_table(run).caption
-    pairs = [test for test in paired_tests(run) if test.task == ALL]
+    pairs = paired_tests(run)
     assert len(tables.tests(run).rows) == len(pairs) == 10
     for line, test in zip(tables.tests(run).rows, pairs, strict=True):
         assert line == (test.a, test.b, f"{100 * test.difference:+.1f}", f"{test.p:.2g}", f"{test.corrected:.2g}")

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from functools import cache
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from taskvec.prompts import PromptFormat
 from taskvec.tasks.read import builtin_tasks, datasets
 from taskvec.tasks.suite import Suite, builtin_suites, load_suite, read_suite
 
-STAICC = ("classification", "classification-more")
+STAICC = ("adaptive", "classification", "classification-more")
 
 
 def task_file(path: Path, n: int = 30) -> Path:
@@ -37,25 +38,26 @@ def suite_file(folder: Path, text: str) -> Path:
 
 
 def test_the_built_in_suites_are_those_on_disk() -> None:
-    assert sorted(builtin_suites()) == ["classification", "classification-hub", "classification-more", "tiny", "words"]
+    more = ["classification-hub", "classification-more", "tiny", "words"]
+    assert sorted(builtin_suites()) == ["adaptive", "classification", *more]
     assert all(suite.name == name for name, suite in builtin_suites().items())
     assert all(suite.description for suite in builtin_suites().values())
     assert builtin_suites()["tiny"].queries == 24
 
 
-@pytest.mark.parametrize("name", ["classification", "classification-more", "tiny", "words"])
+@pytest.mark.parametrize("name", ["adaptive", "classification", "classification-more", "tiny", "words"])
 def test_a_built_in_suite_loads_with_its_settings(name: str) -> None:
     if name in STAICC and find_spec("StaICC") is None:
         pytest.skip("the package StaICC, which holds its tasks, is not installed")
     suite = load_suite(name)
     assert all(task in {*builtin_tasks(), *datasets()} or task.startswith("tiny_") for task in suite.tasks)
     if name in STAICC:  # thousands of rows each
-        suite = replaced(suite, suite.tasks[:1])
+        suite = replaced(suite, suite.tasks[:1]).model_copy(update={"unseen": ()})
     tasks = suite.load()
     assert [task.name for task in tasks] == list(suite.tasks)
     assert {task.spec.shots for task in tasks} == {suite.shots}
     assert all(task.spec.n_test == len(task.test) <= suite.n_test for task in tasks)
-    assert all((task.spec.labels is not None) == (name in STAICC) for task in tasks)
+    assert all((task.spec.labels is not None) == name.startswith("classification") for task in tasks)
 
 
 @pytest.mark.parametrize("name", ["classification_more", "Classification-More", "CLASSIFICATION_MORE"])
@@ -64,7 +66,9 @@ def test_a_built_in_suite_has_one_name_in_any_writing(name: str) -> None:
 
 
 def test_an_unknown_suite_names_the_nearest_and_all() -> None:
-    with pytest.raises(UnknownName, match=r"found 'wrods'; did you mean words\? name one of: classification") as error:
+    with pytest.raises(
+        UnknownName, match=r"found 'wrods'; did you mean words\? name one of: adaptive, classification"
+    ) as error:
         load_suite("wrods")
     assert all(name in str(error.value) for name in builtin_suites())
     with pytest.raises(UnknownName, match=r"found '/no/such/suite.yaml'; name one of"):
@@ -77,6 +81,7 @@ def test_an_unknown_suite_names_the_nearest_and_all() -> None:
 def test_a_suite_is_read_with_every_key(tmp_path: Path) -> None:
     text = (
         "name: mine\ndescription: Täsks\ntasks: [plural, past-tense]\nshots: 3\nn_test: 7\nqueries: 9\nformat: arrow\n"
+        "unseen: [gerund]\ntogether: true\ninstruct: true\n"
     )
     suite = load_suite(suite_file(tmp_path, text))
     assert suite.model_dump() == {
@@ -87,12 +92,16 @@ def test_a_suite_is_read_with_every_key(tmp_path: Path) -> None:
         "n_test": 7,
         "queries": 9,
         "format": "arrow",
+        "unseen": ("gerund",),
+        "together": True,
+        "instruct": True,
     }
     tasks = suite.load()
-    assert [task.name for task in tasks] == ["plural", "past_tense"]
+    assert [task.name for task in tasks] == ["plural", "past_tense", "gerund"]
+    formats = [PromptFormat.named("arrow", builtin_tasks()[task.name].description) for task in tasks]
     assert [(task.spec.shots, len(task.test), task.spec.format) for task in tasks] == [
-        (3, 7, PromptFormat.named("arrow"))
-    ] * 2
+        (3, 7, format) for format in formats
+    ]
 
 
 def test_what_is_not_said_is_ten_shots_a_hundred_items_and_each_tasks_own_format(tmp_path: Path) -> None:
@@ -162,6 +171,39 @@ def test_a_task_that_is_too_small_or_bad_is_refused(tmp_path: Path) -> None:
     path.write_text("{\n")
     with pytest.raises(DataError, match="line 1"):
         Suite(name="m", tasks=(str(path),)).load()
+
+
+# --- unseen tasks -----------------------------------------------------------------------------------------------------
+
+
+def test_unseen_tasks_stand_behind_the_others(tmp_path: Path) -> None:
+    task_file(tmp_path / "x.jsonl", 40)
+    suite = read_suite(suite_file(tmp_path, "name: m\ntasks: [plural]\nunseen: [x.jsonl, gerund]\n"))
+    assert [task.name for task in suite.load()] == ["plural", "x", "gerund"]
+    assert suite.joint
+    assert not suite.model_copy(update={"unseen": ()}).joint
+    assert suite.model_copy(update={"unseen": (), "together": True}).joint
+
+
+@pytest.mark.parametrize("unseen", ["plural", "Plural", "copy.jsonl"])
+def test_a_task_cannot_be_seen_and_unseen(tmp_path: Path, unseen: str) -> None:
+    """Not under another name either: what counts are the rows."""
+    source = files("taskvec.tasks") / "data" / "plural.jsonl"
+    (tmp_path / "copy.jsonl").write_text(source.read_text("utf-8"), "utf-8")
+    suite = read_suite(suite_file(tmp_path, f"name: m\ntasks: [gerund, plural]\nunseen: [{unseen}]\n"))
+    with pytest.raises(InputError, match=r"a task in tasks or in unseen, not in both; found (plural|copy) in both"):
+        suite.load()
+
+
+@pytest.mark.skipif(find_spec("StaICC") is None, reason="the package StaICC, which holds a set, is not installed")
+def test_instruct_puts_descriptions_before_word_tasks_only() -> None:
+    suite = Suite(name="m", tasks=("plural", "sst2"), instruct=True)
+    plural, sst2 = suite.load()
+    assert plural.spec.format.instruction == "Give the plural of an English noun."
+    assert sst2.spec.format.instruction == ""
+    bare = suite.model_copy(update={"instruct": False}).load()
+    assert [task.spec.format.instruction for task in bare] == ["", ""]
+    assert [task.spec.data_hash for task in bare] == [plural.spec.data_hash, sst2.spec.data_hash]
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------

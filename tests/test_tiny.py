@@ -86,6 +86,8 @@ PREMISES = {
     "i2cl": Premise(settings=(("epochs", "40"),)),
     "icv": Premise("tiny_capital_next_vowel", (("strength", "none"),)),
     "elicit": Premise("tiny_prev_consonant", (("others", "tiny_successor,tiny_lower,tiny_spell"), ("strength", "0.5"))),
+    "adaptive": Premise("tiny_spell"),
+    "adaptive-ridge": Premise("tiny_spell"),
     "lora": Premise(settings=(("lr", "0.01"),)),
     "prefix-tuning": Premise(),
     "prompt-tuning": Premise(),

@@ -145,7 +145,7 @@ def test_an_alignment_undoes_a_change_of_basis() -> None:
 
 
 class _Words:
-    """A tokenizer of whole strings."""
+    """A tokenizer of whole strings, which drops a text's first blank, as sentencepiece's do."""
 
     def __init__(self, words: list[str]) -> None:
         self.words = words
@@ -153,18 +153,50 @@ class _Words:
     def __len__(self) -> int:
         return len(self.words)
 
-    def batch_decode(self, rows: list[list[int]]) -> list[str]:
-        return [self.words[i] for (i,) in rows]
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [self.words.index(text)]}
+
+    def batch_decode(self, rows: list[list[int]], *, clean_up_tokenization_spaces: bool) -> list[str]:
+        assert not clean_up_tokenization_spaces
+        return ["".join(self.words[i] for i in row).removeprefix(" ") for row in rows]
 
 
 def test_shared_rows_are_those_of_equal_strings_whatever_their_numbers() -> None:
     small, large = tiny.fresh_lm(NARROW), tiny.fresh_lm(WIDE)
-    small.tokenizer = _Words(["a", "b", "", "c\ufffd", "d", "a"])
-    large.tokenizer = _Words(["d", "x", "c\ufffd", "a", ""])
-    assert token_strings(small) == {"a": 0, "b": 1, "d": 4}
+    small.tokenizer = _Words(["a", "b", "", "c\ufffd", "d", "a", " d"])
+    large.tokenizer = _Words(["d", " d", "x", "c\ufffd", "a", ""])
+    assert token_strings(small) == {"a": 0, "b": 1, "d": 4, " d": 6}
     ours, theirs = shared_rows(large, small)
-    assert torch.equal(ours, unembedding(small)[[0, 4]])
-    assert torch.equal(theirs, unembedding(large)[[3, 0]])
+    assert torch.equal(ours, unembedding(small)[[0, 4, 6]])
+    assert torch.equal(theirs, unembedding(large)[[4, 0, 1]])
+
+
+def test_no_test_answer_reaches_the_label_logits_of_an_open_task() -> None:
+    task = open_task()
+    outputs = {example.output for example in task.train.examples}
+    assert set(module._of_train(task.train).spec.outputs) == outputs < set(task.train.spec.outputs)
+    assert module._of_train(label_task().train).spec.outputs == label_task().spec.labels
+
+
+@pytest.mark.parametrize(
+    "fields", [{"queries": 0}, {"queries": -5}, {"ridge": -5.0}, {"ridge": float("nan")}, {"ridge": float("inf")}]
+)
+def test_settings_that_mean_nothing_are_refused_before_any_pass(fields: Any) -> None:
+    with exact_lm(WIDE).metered() as meter, pytest.raises(InputError, match=r"of at least 1|a finite ridge above 0"):
+        transfer(exact_lm(WIDE), exact_lm(NARROW), open_task(), **fields)
+    with pytest.raises(UnknownName, match="did you mean tokens"):
+        transfer(exact_lm(WIDE), exact_lm(NARROW), open_task(), ["tokns"])
+    assert meter.tokens == 0
+
+
+def test_every_way_is_billed_for_the_seconds_of_the_states_it_uses() -> None:
+    ways = ("aligned", "tokens")
+    done = transfer(exact_lm(WIDE), exact_lm(NARROW), open_task(), ways, queries=QUERIES)
+    rows = [done.results[f"transfer-{way}"] for way in ways]
+    assert rows[0].fit_tokens == rows[1].fit_tokens
+    bare = transfer(exact_lm(WIDE), exact_lm(NARROW), open_task(), ways[1:], queries=QUERIES)
+    assert rows[1].fit_seconds > bare.results["transfer-tokens"].fit_seconds / 10
 
 
 # --- what is refused, and what is said --------------------------------------------------------------------------------
@@ -223,7 +255,7 @@ def test_the_table_has_the_targets_own_rows_the_ways_and_the_controls(labels: bo
     few = done.results["few-shot"]
     assert few.d_ntp_full is not None
     assert few.d_ntp_full.value == 0.0  # the target's own few-shot is the reference
-    assert done.results["random"].matched == ways[-1]
+    assert done.results["random"].matched in ways
 
 
 def test_a_vector_is_saved_and_read_like_any_other(tmp_path: Any) -> None:

@@ -9,18 +9,17 @@ import numpy as np
 from taskvec import methods as registry
 from taskvec import results
 from taskvec.errors import InputError
-from taskvec.evaluate import Condition, Observation, ShuffledPairing, need_labels, observe, random_like, score_observed
+from taskvec.evaluate import Condition, Observation, need_labels, observe, random_like, score_observed
+from taskvec.evaluate.controls import source_controls
 from taskvec.evaluate.metrics import kl
 from taskvec.lm import LM
 from taskvec.methods import Method
 from taskvec.progress import track
-from taskvec.results import Metric, Results, Verdict
+from taskvec.results import CONTROL_SUFFIXES, SHUFFLED, Metric, Results, Verdict
 from taskvec.tasks import Task
 from taskvec.vector import TaskVector, VectorSource
 
 PROMPTED = ("zero-shot", "few-shot")
-SHUFFLED = "-shuffled"
-"""Ends the name of a query-dependent method's control: the same method with shuffled pairing."""
 DEFAULT = ("hendel", "linear", "learned")
 
 
@@ -43,15 +42,18 @@ def compare(
     *,
     vectors: Sequence[TaskVector | VectorSource] = (),
     seeds: Sequence[int] = (0,),
+    other: Task | None = None,
 ) -> Results:
     """The table: zero-shot, few-shot (also with a cached prefix, for cost), mean-difference, the methods, ready-made
     `vectors`, and a random vector of equal norm. One block of rows per seed.
 
-    The random control is matched to the candidate that dev chose (`Row.matched`). Test items are read once, by `score`.
+    The random control is matched to the candidate that dev chose (`Row.matched`). A vector source's own controls stand
+    beside it (`evaluate.controls`); `other` is a task whose queries' vectors are one of them. Test items are read once,
+    by `score`.
     """
     total = Results(())
     for seed in seeds:
-        total += compare_once(lm, task, methods, vectors=vectors, seed=seed).results
+        total += compare_once(lm, task, methods, vectors=vectors, seed=seed, other=other).results
     return total
 
 
@@ -62,13 +64,15 @@ def compare_once(
     *,
     vectors: Sequence[TaskVector | VectorSource] = (),
     seed: int = 0,
+    other: Task | None = None,
 ) -> Comparison:
     """`compare` for one seed, with what was fitted."""
     if seed < 0:
         raise InputError("a seed of 0 or more", str(seed), "name another")
     fitted = _fit_all(lm, task, with_controls(methods), seed)
     fitted |= {f"vector {i}": vector for i, vector in enumerate(vectors)}
-    fitted |= {name + SHUFFLED: ShuffledPairing(c, seed) for name, c in fitted.items() if isinstance(c, VectorSource)}
+    for name, source in [(name, c) for name, c in fitted.items() if isinstance(c, VectorSource)]:
+        fitted |= source_controls(lm, name, source, task.train, other.train if other is not None else None, seed=seed)
     candidates = [name for name in fitted if is_candidate(name, fitted[name])] or ["mean-difference"]
     few = observe(lm, task.dev, fitted["few-shot"])
     dev = {
@@ -83,7 +87,7 @@ def compare_once(
 
 def is_candidate(name: str, condition: Condition) -> bool:
     """Does dev choose among it and others? Vectors and sources; prompts, controls and other rivals stand beside."""
-    beside = name in (*PROMPTED, "mean-difference") or name.endswith(SHUFFLED)
+    beside = name in (*PROMPTED, "mean-difference") or name.endswith(CONTROL_SUFFIXES)
     return isinstance(condition, TaskVector | VectorSource) and not beside
 
 

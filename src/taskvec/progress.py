@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _bars: ContextVar[Any] = ContextVar("taskvec_progress", default=None)
+_open: ContextVar[tuple[Any, ...]] = ContextVar("taskvec_open", default=())
 _LINE_EVERY_SECONDS = 10.0
 
 
@@ -38,12 +39,22 @@ def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
         yield from items
         return
     task = display.add_task(label, total=total)
+    open_tasks = _open.get()
+    _open.set((*open_tasks, task))
     try:
         for item in items:
             yield item
             display.update(task, advance=1)
     finally:
+        _open.set(open_tasks)
         display.remove_task(task)
+
+
+def note(text: str) -> None:
+    """Say something about the innermost `track`: its label changes."""
+    display = _bars.get()
+    if display is not None and _open.get():
+        display.update(_open.get()[-1], description=text)
 
 
 def _switched_off() -> bool:
@@ -58,7 +69,8 @@ def _display() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    forever = 1e9  # the time left from all that was done: benchmark cells take 3 to 60 seconds each
+    return Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=forever)
 
 
 class _Lines:
@@ -75,16 +87,26 @@ class _Lines:
 
     def add_task(self, label: str, total: int) -> int:
         key = len(self._tasks)
-        self._tasks[key] = [label, total, 0, time.monotonic()]
+        self._tasks[key] = [label, total, 0, time.monotonic(), time.monotonic()]
         print(f"{label} ...", file=sys.stderr, flush=True)
         return key
 
-    def update(self, key: int, advance: int) -> None:
+    def update(self, key: int, advance: int = 0, description: str | None = None) -> None:
         task = self._tasks[key]
+        task[0] = description or task[0]
         task[2] += advance
         if time.monotonic() - task[3] > _LINE_EVERY_SECONDS:
             task[3] = time.monotonic()
-            print(f"{task[0]} {task[2]}/{task[1]}", file=sys.stderr, flush=True)
+            print(f"{task[0]} {task[2]}/{task[1]}{_left(task)}", file=sys.stderr, flush=True)
 
     def remove_task(self, key: int) -> None:
         """Nothing to take away."""
+
+
+def _left(task: list[Any]) -> str:
+    """How long the rest takes, if it goes on as it went."""
+    _, total, done, now, began = task
+    if not done or done >= total:
+        return ""
+    seconds = (now - began) * (total - done) / done
+    return f", {seconds / 60:.0f} min left" if seconds >= 90 else f", {seconds:.0f} s left"

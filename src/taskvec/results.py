@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 from taskvec.errors import InputError, UnknownName
 
+SHUFFLED, OTHER_TASK, TASK_MEAN, BIAS = "-shuffled", "-other-task", "-task-mean", "-bias"
+"""They end the name of a query-dependent method's control: vectors of other queries of the task, of another task's
+queries, the mean over the task's training queries, and what is written whatever the query."""
+CONTROL_SUFFIXES = (SHUFFLED, OTHER_TASK, TASK_MEAN, BIAS)
 Values = NDArray[np.float64]
 RESAMPLES = 2000
 

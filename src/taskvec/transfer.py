@@ -14,28 +14,29 @@ the bare one; U: unembedding):
     M = argmin ||U_S M - U_L||^2
 
 **Where we differ.** The paper's conjugation needs a square M; we use its pseudo-inverse. `tokens` and `label-logits`
-are ours: they need neither equal widths nor one tokenizer. Label logits (on open tasks those of all outputs' first
-tokens) are centred over the labels on both sides.
+are ours: they need neither equal widths nor one tokenizer. Label logits (on open tasks those of the first tokens of
+train's outputs) are centred over the labels on both sides.
 
 Shapes: N queries, d and D widths of target and source, K labels, R shared rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taskvec.comparison import matched
+from taskvec.comparison import dev_score, matched
 from taskvec.errors import InputError, TaskvecError, unknown
-from taskvec.evaluate import Fitting, observe, random_like, score_observed
+from taskvec.evaluate import Fitting, at_least_one, observe, random_like, score_observed
 from taskvec.evaluate.fitting import ready
 from taskvec.evaluate.observe import first_tokens
+from taskvec.evaluate.ridge import degrees_of_freedom, ridge_dual
 from taskvec.evaluate.shared import shared_work, states_of
 from taskvec.lm import LM
-from taskvec.methods.linear import LinearTaskVector, degrees_of_freedom, ridge_dual
+from taskvec.methods.linear import LinearTaskVector
 from taskvec.methods.prompted import FewShot, ZeroShot
 from taskvec.prompts import Example
 from taskvec.results import Results
@@ -54,7 +55,7 @@ class Pair:
     target: LM
     train: Train
     zero_s: Float[Tensor, "N d"]
-    zero_l: Float[Tensor, "N D"]
+    zero_l: Float[Tensor, "N D"] | None
     icl_l: Float[Tensor, "N D"]
     ridge: float
 
@@ -71,9 +72,8 @@ class TransferTaskVector:
 
     def fit(self, source: LM, target: LM, train: Train, *, seed: int = 0) -> TaskVector:
         """The vector for `target`. Raises `InputError` where the two models don't allow the way, before any pass."""
-        if self.way not in WAYS:
-            raise unknown("a way of transfer", self.way, WAYS)
-        check, made = WAYS[self.way]
+        self.check()
+        check, made, uses = WAYS[self.way]
         check(source, target, train)
         method = replace(self, source=source.id)
         ready(source)
@@ -81,18 +81,30 @@ class TransferTaskVector:
             queries = train.queries(fitting.demos, self.queries, seed=seed)
             fitting.queries += len(queries)
             zero_s = fitting.states(queries, [HEAD])[HEAD].double()
-            zero_l, icl_l = (_states(source, train, queries, shown) for shown in ((), fitting.show()))
+            icl_l = _states(fitting, source, queries, fitting.show())
+            zero_l = _states(fitting, source, queries, ()) if uses == "source" else None
             op = made(Pair(source, target, train, zero_s, zero_l, icl_l, self.ridge))
-            found = {"degrees_of_freedom": degrees_of_freedom(zero_s, self.ridge)}
+            features = zero_s if zero_l is None else zero_l
+            found = {"degrees_of_freedom": degrees_of_freedom(features, self.ridge)}
             origin = fitting.origin(found=found)
         cost = origin.cost.model_copy(update={"tokens": origin.cost.tokens + theirs.tokens})
         named = {"method": f"transfer-{self.way}", "cost": cost}
         return TaskVector((Edit(HEAD, op),), origin.model_copy(update=named))
 
+    def check(self) -> None:
+        """Raise `InputError` for settings that mean nothing."""
+        if self.way not in WAYS:
+            raise unknown("a way of transfer", self.way, WAYS)
+        at_least_one(self, "queries")
+        if not 0 < self.ridge < float("inf"):
+            raise InputError("a finite ridge above 0", f"ridge = {self.ridge}", "mend it")
 
-def _states(lm: LM, train: Train, queries: Sequence[Example], shown: Sequence[Example]) -> Float[Tensor, "N w"]:
-    prompts = [lm.encode(train.spec.format.prompt(query.input, shown)) for query in queries]
-    states, _ = states_of(lm, prompts, [HEAD])
+
+def _states(fitting: Fitting, lm: LM, queries: Sequence[Example], shown: Sequence[Example]) -> Float[Tensor, "N w"]:
+    """The source's states; what they took when they were computed for another way counts for this one too."""
+    prompts = [lm.encode(fitting.train.spec.format.prompt(query.input, shown)) for query in queries]
+    states, seconds = states_of(lm, prompts, [HEAD])
+    fitting.started -= seconds
     return states[HEAD].double()
 
 
@@ -108,11 +120,13 @@ def _direct(pair: Pair) -> Affine:
 
 
 def _difference(pair: Pair) -> Affine:
+    assert pair.zero_l is not None
     return _map(pair.zero_l, pair.icl_l - pair.zero_l, pair.ridge)
 
 
 def _conjugated(pair: Pair) -> Affine:
     """M W M+: W = write' read, so the rows of `read` go through M+ and those of `write` through M."""
+    assert pair.zero_l is not None
     m = alignment(*all_rows(pair.source, pair.target))
     write = ridge_dual(pair.zero_l, pair.icl_l - pair.zero_l, pair.ridge)
     read = pair.zero_l @ torch.linalg.pinv(m)
@@ -158,12 +172,17 @@ def shared_rows(source: LM, target: LM) -> tuple[Float[Tensor, "R d"], Float[Ten
 
 
 def token_strings(lm: LM) -> dict[str, int]:
-    """What each token writes by itself -> its number (the first, where several write the same)."""
-    texts = lm.tokenizer.batch_decode([[i] for i in range(min(len(lm.tokenizer), lm.vocabulary))])
+    """What each token writes behind another -> its number (the first, where several write the same).
+
+    Behind another, because some tokenizers drop the blank before the first word of a text.
+    """
+    anchor = lm.tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    rows = [anchor, *([*anchor, i] for i in range(min(len(lm.tokenizer), lm.vocabulary)))]
+    before, *texts = lm.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
     out: dict[str, int] = {}
     for i, text in enumerate(texts):
-        if text and "\ufffd" not in text:  # a part of a character
-            out.setdefault(text, i)
+        if text.startswith(before) and len(text) > len(before) and "\ufffd" not in text:  # a part of a character
+            out.setdefault(text[len(before) :], i)
     return out
 
 
@@ -173,7 +192,13 @@ def _rows(lm: LM, ids: Iterable[int]) -> Float[Tensor, "R w"]:
 
 
 def _label_rows(lm: LM, train: Train) -> Float[Tensor, "K w"]:
-    return _rows(lm, [tokens[0] for tokens in first_tokens(lm, train)])
+    return _rows(lm, [tokens[0] for tokens in first_tokens(lm, _of_train(train))])
+
+
+def _of_train(train: Train) -> Train:
+    """On open tasks with the outputs that train has: others are not for a fit to know."""
+    outputs = train.spec.labels or tuple(sorted({example.output for example in train.examples}))
+    return replace(train, spec=replace(train.spec, outputs=outputs))
 
 
 def _centred(logits: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
@@ -211,19 +236,21 @@ def _many_strings(source: LM, target: LM, train: Train) -> None:
 
 def _labels_apart(source: LM, target: LM, train: Train) -> None:
     for lm in (source, target):
-        ids = [tokens[0] for tokens in first_tokens(lm, train)]
+        ids = [tokens[0] for tokens in first_tokens(lm, _of_train(train))]
         if len(set(ids)) < 2:
             found = f"one for all outputs in {lm.id}"
             raise InputError("outputs with different first tokens, for label-logits", found, "use tokens")
 
 
-WAYS: dict[str, tuple[Check, Callable[[Pair], Affine]]] = {
-    "direct": (_equal_widths, _direct),
-    "difference": (_equal_widths, _difference),
-    "conjugated": (_one_tokenizer, _conjugated),
-    "aligned": (_one_tokenizer, _aligned),
-    "tokens": (_many_strings, _tokens),
-    "label-logits": (_labels_apart, _label_logits),
+Uses = Literal["target", "source"]
+"""Whose zero-shot states a way is fitted on."""
+WAYS: dict[str, tuple[Check, Callable[[Pair], Affine], Uses]] = {
+    "direct": (_equal_widths, _direct, "target"),
+    "difference": (_equal_widths, _difference, "source"),
+    "conjugated": (_one_tokenizer, _conjugated, "source"),
+    "aligned": (_one_tokenizer, _aligned, "target"),
+    "tokens": (_many_strings, _tokens, "target"),
+    "label-logits": (_labels_apart, _label_logits, "target"),
 }
 
 
@@ -249,16 +276,22 @@ def transfer(
     seed: int = 0,
     **fields: Any,
 ) -> Transferred:
-    """Every way, against the target's own zero-shot, few-shot, linear vector and a random vector (matched to the last
-    way that ran). d_ntp is taken against the target's own few-shot, as in the paper. `fields`: `ridge`, `queries`."""
+    """Every way that the two models allow, against the target's own zero-shot, few-shot, linear vector and a random
+    vector (matched to the way that is best on dev). d_ntp is taken against the target's own few-shot, as in the paper.
+    `fields`: `ridge`, `queries`. Raises `UnknownName` for a way that is none."""
+    methods = [TransferTaskVector(way, **fields) for way in ways]
+    for method in methods:
+        method.check()
     left_out: dict[str, str] = {}
     with shared_work(source), shared_work(target):
         vectors = list[TaskVector]()
-        for way in ways:
+        for method in methods:
             try:
-                vectors.append(TransferTaskVector(way, **fields).fit(source, target, task.train, seed=seed))
+                WAYS[method.way][0](source, target, task.train)
             except TaskvecError as error:
-                left_out[way] = str(error)
+                left_out[method.way] = str(error)
+                continue
+            vectors.append(method.fit(source, target, task.train, seed=seed))
         linear = LinearTaskVector(**fields)
         theirs, ours = (_rows_of(lm, task, linear, some, seed) for lm, some in ((source, []), (target, vectors)))
     return Transferred(ours, theirs, left_out)
@@ -272,7 +305,10 @@ def _rows_of(lm: LM, task: Task, linear: LinearTaskVector, vectors: Sequence[Tas
     for vector in [*own, *vectors]:
         total += score_observed(lm, observe(lm, task.test, vector), vector, reference, seed=seed)
     if vectors:
-        random = random_like(vectors[-1], seed=seed)
+        few = observe(lm, task.dev, own[1])
+        scores = [dev_score(observe(lm, task.dev, vector), few) for vector in vectors]
+        best = vectors[min(range(len(vectors)), key=lambda i: (-scores[i][0], scores[i][1]))]
+        random = random_like(best, seed=seed)
         part = score_observed(lm, observe(lm, task.test, random), random, reference, seed=seed)
-        total += matched(part, vectors[-1], "transfer")
+        total += matched(part, best, "transfer")
     return total

@@ -4,7 +4,7 @@ config.yaml            the grid; a run that goes on must have the same
 env.json               versions, processor, threads
 cells/KEY.json         rows, ledger, dev scores, or the error of a cell
 cells/KEY.parquet      its per-example records
-vectors/KEY/           what was fitted, where it can be saved
+vectors/FIT/           what was fitted, where it can be saved
 """
 
 import json
@@ -57,11 +57,13 @@ class RunFolder:
             if not resume:
                 raise InputError("a new folder for --out", f"{path} holds a run", "pass --resume or name another")
             _same(wanted, _read_yaml(config), path)
+            _same_packages(path)
         elif path.exists() and (not path.is_dir() or any(not file.name.startswith(".new.") for file in path.iterdir())):
             raise InputError("a new folder for --out", f"{path} is something else", "name another one")
         path.mkdir(parents=True, exist_ok=True)
         write(config, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
-        write(path / "env.json", json.dumps(_environment(), indent=2) + "\n")
+        if not (path / "env.json").is_file():
+            write(path / "env.json", json.dumps(_environment(), indent=2) + "\n")
         (path / "cells").mkdir(exist_ok=True)
         (path / "vectors").mkdir(exist_ok=True)
         return cls(path)
@@ -106,15 +108,23 @@ class RunFolder:
         with _replaced(self.path / "cells" / f"{cell.key}.parquet") as new:
             results.write_examples(new)
 
+    def forget(self, cell: Cell) -> None:
+        """As if the cell had not been run."""
+        self._cell(cell).unlink(missing_ok=True)
+
     def keep(self, cell: Cell, vector: TaskVector | VectorSource) -> None:
         """Save what was fitted, if it can be saved."""
-        folder = self.path / "vectors" / cell.key
+        folder = self.path / "vectors" / cell.fit
         if hasattr(vector, "save_pretrained") and not folder.exists():
-            vector.save_pretrained(folder)
+            try:
+                vector.save_pretrained(folder)
+            except InputError:
+                if not folder.exists():  # else another process has just fitted the same tasks together
+                    raise
 
     def kept(self, cell: Cell) -> TaskVector | VectorSource | None:
         """What was fitted and saved."""
-        folder = self.path / "vectors" / cell.key
+        folder = self.path / "vectors" / cell.fit
         return replace(registry.load(folder), source=None) if folder.is_dir() else None  # type: ignore[type-var]
 
     def _cell(self, cell: Cell) -> Path:
@@ -140,10 +150,21 @@ def _same(wanted: dict[str, Any], found: Any, path: Path) -> None:
     """Refuse a folder of another version or another grid, naming the first part that differs."""
     if not isinstance(found, dict):
         raise InputError(f"a run's config.yaml in {path}", type(found).__name__, "name another folder")
-    for part in wanted.keys() | found.keys():
+    for part in dict.fromkeys([*wanted, *found]):
         if wanted.get(part) != found.get(part):
             differs = f"another {part}: {_short(found.get(part))} there, {_short(wanted.get(part))} asked for"
             raise InputError(f"the same grid as in {path}", differs, "name another folder, or ask for the same")
+
+
+def _same_packages(path: Path) -> None:
+    """Refuse a folder whose cells were computed by other versions of what computes them."""
+    if not (path / "env.json").is_file():
+        return
+    there, here = json.loads((path / "env.json").read_text("utf-8"))["packages"], _environment()["packages"]
+    other = [f"{name} {there.get(name)}" for name in PACKAGES if there.get(name) != here[name]]
+    if other:
+        found = f"{', '.join(other)} there"
+        raise InputError(f"the versions {path} was begun with", found, "install those, or name another folder")
 
 
 def _short(value: Any) -> str:

@@ -3,15 +3,16 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
 from taskvec import methods as registry
-from taskvec.comparison import SHUFFLED, with_controls
+from taskvec.comparison import with_controls
 from taskvec.errors import InputError
 from taskvec.lm import LM
 from taskvec.methods import Method
+from taskvec.results import CONTROL_SUFFIXES, OTHER_TASK, SHUFFLED
 from taskvec.tasks import Task
 from taskvec.tasks.suite import Suite
 
@@ -27,21 +28,28 @@ UNLABELLED = {"linear": "queries", "mean-difference": "queries", "function-vecto
 
 @dataclass(frozen=True)
 class Cell:
-    """One method (or control) on one task with one seed. `key` is the hash of all it depends on."""
+    """One method (or control) on one task with one seed. `key` is the hash of all it depends on, `fit` that of all its
+    fit depends on: one fit on tasks together serves many cells."""
 
     task: str
     method: str
     seed: int
     key: str
+    fit: str
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the grid: a method; its shuffled-pairing control; or `random` (no method)."""
+    """A row of the grid: a method; one of its controls (by the end of its name); or `random` (no method)."""
 
     name: str
     method: Method | None
-    shuffled: bool = False
+    control: str = ""
+
+    @property
+    def joint(self) -> bool:
+        """Can it be fitted on many tasks together?"""
+        return bool(getattr(self.method, "joint", False)) and not self.control
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,14 @@ class Grid:
             raise InputError("seeds of 0 or more, at least one", str(list(seeds)), "mend --seeds")
         model = {"id": lm.id, "revision": lm.revision, "fingerprint": lm.fingerprint, "dtype": str(lm.dtype)}
         model["tokenizer"] = lm.tokenizer_hash
-        asked = with_controls([_with_queries(method, suite.queries) for method in methods])
+        asked = with_controls(methods)
         tasks = suite.load(lm.chat_format if suite.format == "chat" else None)
-        return cls(suite, tuple(tasks), tuple(_variants(asked)), tuple(dict.fromkeys(seeds)), model)
+        return cls(suite, tuple(tasks), tuple(_variants(asked, suite)), tuple(dict.fromkeys(seeds)), model)
+
+    @property
+    def seen(self) -> tuple[Task, ...]:
+        """The tasks that may be fitted on."""
+        return self.tasks[: len(self.suite.tasks)]
 
     def groups(self) -> list[tuple[Task, int]]:
         """(task, seed) pairs: what shares prompts, and is run together."""
@@ -71,7 +84,15 @@ class Grid:
 
     def cells(self, task: Task, seed: int) -> list[Cell]:
         """A group's cells, in the order of the variants."""
-        return [Cell(task.name, variant.name, seed, self._key(task, variant, seed)) for variant in self.variants]
+        return [
+            Cell(task.name, v.name, seed, self._key(task, v, seed), self._fit(task, v, seed)) for v in self.variants
+        ]
+
+    def other(self, task: Task) -> Task | None:
+        """The next of the tasks fitted on: whose queries' vectors are a control."""
+        others = [one for one in self.seen if one.name != task.name]
+        place = next((i for i, one in enumerate(self.seen) if one.name == task.name), 0)
+        return others[place % len(others)] if others else None
 
     def to_dict(self) -> dict[str, Any]:
         """What is written down, and compared before a run goes on: plain JSON values."""
@@ -79,42 +100,54 @@ class Grid:
             "taskvec": version("taskvec"),
             "model": self.model,
             "suite": self.suite.model_dump(mode="json"),
-            "tasks": {task.name: _data(task) for task in self.tasks},
+            "tasks": {task.name: _data(task) | self._group(task) for task in self.tasks},
             "methods": {variant.name: _settings(variant) for variant in self.variants},
             "seeds": list(self.seeds),
         }
 
+    def _group(self, task: Task) -> dict[str, Any]:
+        """What the report puts it together with."""
+        unseen = {"unseen": task not in self.seen} if self.suite.unseen else {}
+        return {"category": task.spec.category, **unseen}
+
     def _key(self, task: Task, variant: Variant, seed: int) -> str:
-        depends: dict[str, Any] = {
-            "taskvec": version("taskvec"),
-            "model": self.model,
-            "task": task.name,
-            "data": _data(task),
-        }
-        depends |= {"seed": seed, "method": variant.name, "settings": _settings(variant)}
+        depends = self._depends(variant, seed) | {"task": task.name, "data": _data(task)}
+        if self.suite.joint and variant.method is not None and getattr(variant.method, "joint", False):
+            depends["together"] = [_data(one) for one in self.seen]
         if variant.name == "random":  # matched to whichever candidate dev chooses
             depends["others"] = {other.name: _settings(other) for other in self.variants if other.name != "random"}
-        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+        return _hash(depends)
+
+    def _fit(self, task: Task, variant: Variant, seed: int) -> str:
+        if not (self.suite.joint and variant.joint):
+            return self._key(task, variant, seed)
+        return _hash(self._depends(variant, seed) | {"together": [_data(one) for one in self.seen]})
+
+    def _depends(self, variant: Variant, seed: int) -> dict[str, Any]:
+        settings = _settings(variant)
+        made = {"taskvec": version("taskvec"), "model": self.model}
+        return made | {"seed": seed, "method": variant.name, "settings": settings}
 
 
-def _variants(methods: Sequence[Method]) -> list[Variant]:
+def _hash(depends: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _variants(methods: Sequence[Method], suite: Suite) -> list[Variant]:
     """Few-shot first: it is the reference of all others. Random last: it is matched to one of them."""
     ordered = sorted(methods, key=lambda method: method.name != "few-shot")
     out = list[Variant]()
     for method in ordered:
         out.append(Variant(method.name, method))
-        if hasattr(method, "shuffled") or hasattr(method, "source"):
-            out.append(Variant(method.name + SHUFFLED, method, shuffled=True))
+        controls = [SHUFFLED] if hasattr(method, "shuffled") or hasattr(method, "source") else []
+        if getattr(method, "joint", False) and hasattr(method, "source"):
+            controls = list(CONTROL_SUFFIXES)
+        out += [Variant(method.name + control, method, control) for control in controls if _possible(control, suite)]
     return [*out, Variant("random", None)]
 
 
-def _with_queries(method: Method, queries: int | None) -> Method:
-    """The method with the suite's number of unlabelled queries, where it has its default number."""
-    name = UNLABELLED.get(method.name)
-    default = {f.name: f.default for f in fields(method)} if name else {}  # type: ignore[arg-type]
-    if queries is None or name is None or getattr(method, name) != default[name]:
-        return method
-    return replace(method, **{name: queries})  # type: ignore[type-var]
+def _possible(control: str, suite: Suite) -> bool:
+    return control != OTHER_TASK or len(suite.tasks) > 1
 
 
 def _data(task: Task) -> dict[str, Any]:
@@ -128,6 +161,13 @@ def _settings(variant: Variant) -> dict[str, Any]:
     return settings
 
 
-def bench_methods(names: Sequence[str] | None, settings: Mapping[str, dict[str, str]]) -> list[Method]:
-    """The methods asked for (None: `METHODS`) with the preset, and what `--set` says above it."""
-    return registry.make_all(METHODS if names is None else names, settings, PRESET)
+def bench_methods(
+    names: Sequence[str] | None, settings: Mapping[str, dict[str, str]], queries: int | None = None
+) -> list[Method]:
+    """The methods asked for (None: `METHODS`) and mean-difference, with the preset and the suite's `queries`, and what
+    `--set` says above both."""
+    preset = {name: dict(fields) for name, fields in PRESET.items()}
+    for name, field in UNLABELLED.items() if queries is not None else ():
+        preset.setdefault(name, {})[field] = str(queries)
+    asked = [*(METHODS if names is None else names), *(["mean-difference"] if queries is not None else [])]
+    return registry.make_all(asked, settings, preset)

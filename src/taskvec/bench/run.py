@@ -1,18 +1,21 @@
 """Running a grid: group by group, each cell written down as soon as it is done."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 from taskvec.bench.folder import Outcome, RunFolder
 from taskvec.bench.grid import Cell, Grid, Variant
 from taskvec.comparison import as_shuffled, dev_score, is_candidate, matched
 from taskvec.errors import InputError, TaskvecError
-from taskvec.evaluate import Condition, Observation, ShuffledPairing, observe, random_like, score_observed
+from taskvec.evaluate import Condition, Observation, observe, random_like, score_observed
+from taskvec.evaluate.controls import source_controls
 from taskvec.evaluate.shared import shared_work
 from taskvec.lm import LM
 from taskvec.progress import track
@@ -21,6 +24,8 @@ from taskvec.tasks import Task
 from taskvec.vector import TaskVector, VectorSource
 
 Loader = Callable[[], LM]
+Held = dict[str, Condition]
+"""What was fitted on many tasks together, by the hash of the fit."""
 
 
 def run_bench(lm: LM, grid: Grid, folder: RunFolder, *, jobs: int = 1, load: Loader | None = None) -> None:
@@ -55,8 +60,9 @@ def _done(outcome: Outcome | None) -> bool:
 
 
 def _all_cells(lm: LM, grid: Grid, folder: RunFolder, groups: list[tuple[Task, int]]) -> Iterator[Cell]:
+    together: Held = {}
     for task, seed in groups:
-        yield from run_group(lm, grid, folder, task, seed)
+        yield from run_group(lm, grid, folder, task, seed, together)
 
 
 def _in_processes(grid: Grid, folder: RunFolder, groups: list[tuple[Task, int]], jobs: int, load: Loader) -> None:
@@ -66,11 +72,15 @@ def _in_processes(grid: Grid, folder: RunFolder, groups: list[tuple[Task, int]],
     context = get_context("spawn")  # a fork would copy torch's threads in the middle of their work
     with ProcessPoolExecutor(jobs, context, _start, (grid, folder, load, threads)) as pool:
         waiting = [pool.submit(_work, task.name, seed) for task, seed in groups]
-        for done in track(as_completed(waiting), "groups of cells", len(waiting)):
-            done.result()
+        try:
+            for done in track(as_completed(waiting), "groups of cells", len(waiting)):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is not begun is not begun any more
+            raise
 
 
-_HERE: list[tuple[LM, Grid, RunFolder]] = []
+_HERE: list[tuple[LM, Grid, RunFolder, Held]] = []
 """A worker process's own model and grid: loaded once, for all the groups it is given."""
 
 
@@ -78,23 +88,36 @@ def _start(grid: Grid, folder: RunFolder, load: Loader, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    _HERE.append((load(), grid, folder))
+    Thread(target=_end_with_parent, daemon=True).start()
+    _HERE.append((load(), grid, folder, {}))
+
+
+def _end_with_parent() -> None:
+    """A run that was killed leaves nobody behind who writes into its folder."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(name: str, seed: int) -> None:
-    lm, grid, folder = _HERE[0]
+    lm, grid, folder, together = _HERE[0]
     (task,) = (task for task in grid.tasks if task.name == name)
-    for _ in run_group(lm, grid, folder, task, seed):
+    for _ in run_group(lm, grid, folder, task, seed, together):
         pass
 
 
-def run_group(lm: LM, grid: Grid, folder: RunFolder, task: Task, seed: int) -> Iterator[Cell]:
+def run_group(
+    lm: LM, grid: Grid, folder: RunFolder, task: Task, seed: int, together: Held | None = None
+) -> Iterator[Cell]:
     """The missing cells of one task and seed, each as it is done. They share prompts, so their states and prefixes
-    are computed once."""
+    are computed once. `together` holds fits on many tasks that cannot be saved, for the groups that follow."""
     cells = dict(zip((variant.name for variant in grid.variants), grid.cells(task, seed), strict=True))
     missing = _missing(grid, folder, task, seed)
+    if missing:  # random is matched anew: its old match must not outlive a kill
+        folder.forget(missing[-1])
     with shared_work(lm):
-        group = _Group(lm, grid, folder, task, seed, cells)
+        group = _Group(lm, grid, folder, task, seed, cells, {} if together is None else together)
         for variant in grid.variants:
             if cells[variant.name] in missing:
                 folder.write(cells[variant.name], group.run(variant))
@@ -111,6 +134,7 @@ class _Group:
     task: Task
     seed: int
     cells: dict[str, Cell]
+    together: Held
     fitted: dict[str, Condition] = field(default_factory=dict)
 
     def run(self, variant: Variant) -> Outcome:
@@ -125,6 +149,7 @@ class _Group:
             except Exception as error:
                 done = Outcome(error=f"{type(error).__name__}: {error}")
         ledger = {"tokens": meter.tokens, "passes": meter.passes, "seconds": time.perf_counter() - start}
+        ledger |= {name: getattr(row, name) for row in done.results.rows[:1] for name in ("fit_labels", "fit_queries")}
         return Outcome(done.results, done.error, done.dev, ledger)
 
     def _scored(self, variant: Variant) -> Outcome:
@@ -167,7 +192,8 @@ class _Group:
     def _condition(self, name: str) -> Condition:
         """What was fitted: in this run, in an earlier one, or now."""
         if name not in self.fitted:
-            kept = self.folder.kept(self.cells[name])
+            cell = self.cells[name]
+            kept = self.folder.kept(cell) or self.together.get(cell.fit)
             self.fitted[name] = kept if kept is not None else self._fit(name)
         return self.fitted[name]
 
@@ -175,10 +201,27 @@ class _Group:
         (variant,) = (variant for variant in self.grid.variants if variant.name == name)
         method = variant.method
         assert method is not None
-        if not variant.shuffled:
-            return method.fit(self.lm, self.task.train, self.task.dev, seed=self.seed)
+        if variant.control:
+            return self._control(variant)
+        if self.grid.suite.joint and variant.joint:
+            trains, devs = [one.train for one in self.grid.seen], [one.dev for one in self.grid.seen]
+            made = method.fit(self.lm, trains, devs, seed=self.seed)
+            if not hasattr(made, "save_pretrained"):
+                self.together[self.cells[name].fit] = made
+            return made
+        return method.fit(self.lm, self.task.train, self.task.dev, seed=self.seed)
+
+    def _control(self, variant: Variant) -> Condition:
+        method = variant.method
+        assert method is not None
         if hasattr(method, "shuffled"):
             return as_shuffled(method.shuffled().fit(self.lm, self.task.train, self.task.dev, seed=self.seed))
-        original = self._condition(method.name)
-        assert isinstance(original, VectorSource)
-        return ShuffledPairing(original, self.seed)
+        source = self._condition(method.name)
+        assert isinstance(source, VectorSource)
+        other = self.grid.other(self.task)
+        train = other.train if other is not None else None
+        made = source_controls(self.lm, method.name, source, self.task.train, train, seed=self.seed)
+        self.fitted |= made
+        if variant.name not in made:
+            raise InputError("a vector for every query, for its mean", "none for some", "leave this control out")
+        return made[variant.name]

@@ -71,6 +71,9 @@ def eval(
     seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; default 0.")] = None,
     settings: Settings = None,
     examples: Annotated[Path | None, typer.Option("--examples", help="Write per-example rows to this parquet.")] = None,
+    other_task: Annotated[
+        str | None, typer.Option("--other-task", help="A vector source's control: vectors of this task's queries.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -80,7 +83,8 @@ def eval(
 
     prompts = work.PromptOptions(format, instruction, shots, n_test)
     where = work.ModelOptions(model, device, dtype)
-    choices = work.Choices(method, settings, tuple(seed or [0]), vectors=tuple(vector or ()), examples=examples)
+    seeds, vectors = tuple(seed or [0]), tuple(vector or ())
+    choices = work.Choices(method, settings, seeds, vectors=vectors, examples=examples, other=other_task)
     work.eval_task(data, prompts, where, choices, as_json=json)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from taskvec.cli import show
 from taskvec.cli.work import ModelOptions, PromptOptions, read_task, with_chat
+from taskvec.errors import InputError
 from taskvec.progress import shown
 from taskvec.results import Results
 
@@ -27,16 +28,21 @@ def transfer_task(
     as_json: bool,
 ) -> None:
     """Fit every way, score on the target."""
-    from taskvec.transfer import WAYS, transfer
+    from taskvec.transfer import WAYS, TransferTaskVector, transfer
 
+    for way in options.ways or ():
+        TransferTaskVector(way, **options.fields).check()
     task = read_task(data, prompts)
     total, theirs, left_out = Results(()), Results(()), dict[str, str]()
     with shown():
         source, target = (where.load() for where in models)
+        if prompts.format == "chat" and source.tokenizer_hash != target.tokenizer_hash:
+            found = f"{source.id} and {target.id}"
+            raise InputError("models of one tokenizer, for --format chat", found, "use qa, arrow or a template")
         task = with_chat(task, prompts, target)
         for seed in options.seeds:
             done = transfer(source, target, task, options.ways or tuple(WAYS), seed=seed, **options.fields)
-            total, theirs, left_out = total + done.results, theirs + done.source, done.left_out
+            total, theirs, left_out = total + done.results, theirs + done.source, left_out | done.left_out
     if as_json:
         rows, source_rows = total.to_dict()["rows"], theirs.to_dict()["rows"]
         show.emit({"rows": rows, "source_rows": source_rows, "left_out": left_out})

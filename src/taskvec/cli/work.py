@@ -55,6 +55,7 @@ class Choices:
     overwrite: bool = False
     vectors: tuple[Path, ...] = ()
     examples: Path | None = None
+    other: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def eval_task(data: str, prompts: PromptOptions, where: ModelOptions, choices: C
     if choices.examples is not None and choices.examples.exists():
         raise InputError("a new file for --examples", f"{choices.examples} exists", "name another one")
     task = read_task(data, prompts)
+    other = read_task(choices.other, prompts) if choices.other is not None else None
     asked = [] if choices.methods is None and choices.vectors else choices.methods
     chosen = make_methods(asked, choices.settings)
     from taskvec.comparison import compare
@@ -106,7 +108,8 @@ def eval_task(data: str, prompts: PromptOptions, where: ModelOptions, choices: C
     vectors = [registry.load(folder) for folder in choices.vectors]
     with shown():
         lm = where.load()
-        found = compare(lm, with_chat(task, prompts, lm), chosen, vectors=vectors, seeds=choices.seeds)
+        tasks = [with_chat(one, prompts, lm) for one in (task, other) if one is not None]
+        found = compare(lm, tasks[0], chosen, vectors=vectors, seeds=choices.seeds, other=dict(enumerate(tasks)).get(1))
     if choices.examples is not None:
         found.write_examples(choices.examples)
     if as_json:

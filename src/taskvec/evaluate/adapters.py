@@ -6,7 +6,7 @@ prompts and prefixes stand before every prompt: they run the plain way.
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from taskvec.errors import InputError, MissingPackage
 from taskvec.evaluate.fitting import Fitting
+from taskvec.evaluate.joint import Joint
 from taskvec.evaluate.lessons import Lessons
-from taskvec.evaluate.observe import encode_answers
 from taskvec.lm import LM, Encoded
 from taskvec.progress import track
-from taskvec.tasks import Dev, Split
+from taskvec.tasks import Split
 from taskvec.vector import Origin, TaskVector
 
 BARE = TaskVector(())
@@ -81,26 +81,26 @@ def adapted(lm: LM, config: Any) -> Iterator[dict[str, nn.Parameter]]:
     flags = {name: p.requires_grad for name, p in base.named_parameters()}
     _ = lm.fingerprint, lm.inner  # of the model as it is without
     soft = bool(config.is_prompt_learning)
-    wrapped = None
+    inside = None
     try:
-        wrapped = _wrapped(base, config)
+        inside = wrapped(base, config)
         if soft:
-            lm.model = _SoftPrompted(wrapped)
+            lm.model = _SoftPrompted(inside)
         with lm.unproved():
             if soft:
                 lm.proofs["packed"] = "virtual tokens stand before every prompt"
-            yield {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+            yield {name: p for name, p in inside.named_parameters() if p.requires_grad}
     finally:
         lm.model = base
-        if wrapped is not None and not soft:
-            wrapped.unload()
+        if inside is not None and not soft:
+            inside.unload()
         for name, p in base.named_parameters():
             p.requires_grad = flags[name]
         if hasattr(base, "peft_config"):
             del base.peft_config
 
 
-def _wrapped(base: Any, config: Any) -> Any:
+def wrapped(base: Any, config: Any) -> Any:
     """The model inside peft's, without a change to the global generator (peft draws its first weights from it)."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft asks transformers by a name on its way out, and tells what it has mended
@@ -159,33 +159,32 @@ class _SoftPrompted(nn.Module):
         return out
 
 
-def train_adapter(fitting: Fitting, dev: Dev, config: Any, how: Training, *, init: float | None = None) -> PeftAdapter:
-    """Train on gold answers with their terminator behind zero-shot prompts. `init`: the standard deviation of a soft
-    prompt's first weights (None: LoRA's own start). Raises `InputError` where no look at dev is finite."""
-    lm, train = fitting.lm, fitting.train
-    examples = train.queries((), how.queries, seed=fitting.seed)
-    looked = dev.examples[: how.n_dev]
-    fitting.read |= {example.input for example in examples}
-    fitting.labels += len(looked)
+def train_adapter(
+    fitting: Fitting, joint: Joint, config: Any, how: Training, *, init: float | None = None
+) -> PeftAdapter:
+    """Train on gold answers with their terminator behind zero-shot prompts, of one task or many. `init`: the standard
+    deviation of a soft prompt's first weights (None: LoRA's own start). Raises `InputError` where no look at dev is
+    finite."""
+    lm = fitting.lm
+    rows, looked = joint.rows(how.queries, seed=fitting.seed), joint.looks(how.n_dev)
+    joint.count(fitting, rows, looked)
     generator = torch.Generator().manual_seed(fitting.seed)
     with lm.frozen(), adapted(lm, config) as weights:
-        _start(weights, init, generator)
-        lessons, looks = (_lessons(lm, type(s)(s.spec, some)) for s, some in ((train, examples), (dev, looked)))
+        first_weights(weights, init, generator)
+        lessons, looks = (_lessons(lm, splits) for splits in (rows, looked))
         best, found = _descend(lessons, looks, weights, how, generator)
     if best is None:
         raise InputError("a learning rate that trains", f"no finite dev loss with {fitting.method}", "lower its lr")
     count = sum(weight.numel() for weight in best.values())
-    return PeftAdapter(config, best, fitting.origin(found={**found, "parameters": count}))
+    return PeftAdapter(config, best, joint.origin(fitting, {**found, "parameters": count}))
 
 
-def _lessons(lm: LM, split: Split) -> Lessons:
+def _lessons(lm: LM, splits: Sequence[Split]) -> Lessons:
     """Whole prompts with gradients: nothing before an edited token may be kept, every weight's change reaches it."""
-    prompts = [lm.encode(split.spec.format.prompt(example.input)) for example in split.examples]
-    golds, _, _ = encode_answers(lm, split)
-    return Lessons.of(lm, prompts, golds, split.spec.loss, starts=[0] * len(prompts))
+    return Lessons.together(lm, splits, whole=True)
 
 
-def _start(weights: Mapping[str, nn.Parameter], init: float | None, generator: torch.Generator) -> None:
+def first_weights(weights: Mapping[str, nn.Parameter], init: float | None, generator: torch.Generator) -> None:
     """First weights from a generator of our own: LoRA's A uniform as Kaiming, its B zero; soft prompts normal."""
     with torch.no_grad():
         for name, weight in weights.items():

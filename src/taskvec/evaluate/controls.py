@@ -1,4 +1,5 @@
-"""The control that stands beside every vector: random directions of equal norm. Shapes: n tokens, w width."""
+"""The controls of vectors and sources: random directions of equal norm; vectors written for other queries, their mean,
+what is written whatever the query. Shapes: n tokens, w width."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.lm import LM, Encoded
+from taskvec.results import BIAS, OTHER_TASK, SHUFFLED, TASK_MEAN
 from taskvec.sites import Site
+from taskvec.tasks import Train
 from taskvec.vector import Edit, Op, Origin, TaskVector, VectorSource
 from taskvec.vector.ops import like
 
@@ -78,8 +81,7 @@ class ShuffledPairing:
     @property
     def origin(self) -> Origin | None:
         """The original's, under its method's name with `-shuffled`."""
-        origin = self.original.origin
-        return None if origin is None else origin.model_copy(update={"method": f"{origin.method}-shuffled"})
+        return _renamed(self.original.origin, SHUFFLED)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -92,6 +94,61 @@ class ShuffledPairing:
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()
         other = dict(zip(order, [*order[1:], *order[:1]], strict=True))
         return [own[other[i]] for i in range(len(own))]
+
+
+@dataclass(frozen=True, eq=False)
+class OtherTask:
+    """A vector source whose vectors were written for prompts of another task: does it matter which task they are for?
+
+    Prompt i gets the vector of the other task's prompt i, in its order, again from the start where it has fewer.
+    """
+
+    original: VectorSource
+    others: Sequence[Encoded]
+
+    @property
+    def origin(self) -> Origin | None:
+        """The original's, under its method's name with `-other-task`."""
+        return _renamed(self.original.origin, OTHER_TASK)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The original's."""
+        return self.original.sites
+
+    def vectors(self, lm: LM, prompts: Sequence[Encoded]) -> list[TaskVector | None]:
+        """The original's vectors for the other task's prompts."""
+        written = self.original.vectors(lm, [self.others[i % len(self.others)] for i in range(len(prompts))])
+        return list(written)
+
+
+MEAN_OVER = 64
+
+
+def source_controls(
+    lm: LM, name: str, source: VectorSource, train: Train, other: Train | None = None, *, seed: int
+) -> "dict[str, TaskVector | VectorSource]":
+    """A source's controls on a task, by name: what a claim that the query matters has to beat. `-task-mean` and `-bias`
+    where there is such a thing (a source that finds nothing for a query, as a library may, has no mean)."""
+    found: dict[str, TaskVector | VectorSource] = {name + SHUFFLED: ShuffledPairing(source, seed)}
+    if other is not None:
+        found[name + OTHER_TASK] = OtherTask(source, bare_prompts(lm, other))
+    written = source.vectors(lm, bare_prompts(lm, train))
+    if all(vector is not None for vector in written):
+        mean = TaskVector.mean([vector for vector in written if vector is not None])
+        found[name + TASK_MEAN] = replace(mean, origin=_renamed(source.origin, TASK_MEAN))
+    if hasattr(source, "bias_only"):
+        found[name + BIAS] = source.bias_only()
+    return found
+
+
+def bare_prompts(lm: LM, train: Train) -> list[Encoded]:
+    """The zero-shot prompts of a task's first training queries."""
+    return [lm.encode(train.spec.format.prompt(example.input)) for example in train.examples[:MEAN_OVER]]
+
+
+def _renamed(origin: Origin | None, suffix: str) -> Origin | None:
+    return None if origin is None else origin.model_copy(update={"method": origin.method + suffix})
 
 
 def random_like(original: TaskVector | VectorSource, *, seed: int) -> RandomLike:

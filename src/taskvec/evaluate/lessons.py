@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from taskvec.evaluate.metrics import kl
+from taskvec.evaluate.observe import encode_answers
 from taskvec.lm import LM, Encoded
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
+from taskvec.tasks import Split
+from taskvec.tasks.task import Loss
 from taskvec.vector import TaskVector
 
 Targets = Sequence[tuple[int, ...]]
@@ -43,28 +46,53 @@ class Lessons:
         engine = replay(lm, prompts, starts=starts, keep=True)
         return cls(engine, tuple(targets), lambda _, logits, answer: loss(logits, answer))
 
+    @classmethod
+    def together(cls, lm: LM, splits: Sequence[Split], *, whole: bool) -> "Lessons":
+        """The bare prompts of several tasks' rows and their gold answers, each under its task's loss. `whole`: every
+        token of a prompt may be edited, not only its last."""
+        prompts, targets, losses = list[Encoded](), list[tuple[int, ...]](), list[Loss]()
+        for split in splits:
+            prompts += [lm.encode(split.spec.format.prompt(example.input)) for example in split.examples]
+            targets += encode_answers(lm, split)[0]
+            losses += [split.spec.loss] * len(split.examples)
+        engine = replay(lm, prompts, starts=[0] * len(prompts) if whole else None, keep=True)
+        return cls(engine, tuple(targets), lambda i, logits, answer: losses[i](logits, answer))
+
     def descend(self, vectors: Sequence[TaskVector], picked: Sequence[int]) -> float:
         """Gradients of every vector's mean loss over the `picked` prompts, in one backward pass. Their losses add up:
         no parameter of one appears in another's. Returns the sum."""
-        total = 0.0
-        with torch.enable_grad():
-            for _, losses in self._losses(vectors, picked):
-                loss = torch.stack(losses).sum() / len(picked)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-        return total
+        return self._descend([(i, vector) for vector in vectors for i in picked], len(picked))
+
+    def descend_each(self, vectors: Sequence[TaskVector], picked: Sequence[int]) -> float:
+        """Gradients of the mean loss where each `picked` prompt has a vector of its own. Returns the mean."""
+        return self._descend(list(zip(picked, vectors, strict=True)), len(picked))
 
     @torch.no_grad()
     def mean_losses(self, vectors: Sequence[TaskVector]) -> list[float]:
         """Each vector's mean loss over all prompts."""
-        sums, n = [0.0] * len(vectors), len(self.targets)
-        for numbers, losses in self._losses(vectors, range(n)):
-            for i, loss in zip(numbers, losses, strict=True):
-                sums[i // n] += float(loss)
-        return [total / n for total in sums]
+        n = len(self.targets)
+        losses = self.losses([(i, vector) for vector in vectors for i in range(n)])
+        return [sum(losses[k : k + n]) / n for k in range(0, len(losses), n)]
 
-    def _losses(self, vectors: Sequence[TaskVector], picked: Sequence[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        trials = [Trial(i, vector, self.targets[i][:-1]) for vector in vectors for i in picked]
+    @torch.no_grad()
+    def losses(self, pairs: Sequence[tuple[int, TaskVector]]) -> list[float]:
+        """The loss of each prompt under its vector."""
+        found = dict[int, float]()
+        for numbers, losses in self._losses(pairs):
+            found |= dict(zip(numbers, map(float, losses), strict=True))
+        return [found[k] for k in range(len(pairs))]
+
+    def _descend(self, pairs: Sequence[tuple[int, TaskVector]], count: int) -> float:
+        total = 0.0
+        with torch.enable_grad():
+            for _, losses in self._losses(pairs):
+                loss = torch.stack(losses).sum() / count
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+        return total
+
+    def _losses(self, pairs: Sequence[tuple[int, TaskVector]]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        trials = [Trial(i, vector, self.targets[i][:-1]) for i, vector in pairs]
         for numbers, logits in self.engine.batches(trials):
             device = self.engine.lm.device
             prompts = [trials[n].prompt for n in numbers]

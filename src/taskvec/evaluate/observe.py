@@ -156,7 +156,7 @@ def reaching(lm: LM, split: Split, where: str) -> Where:
 
 def check_template(spec: TaskSpec, origin: Origin | None) -> None:
     """Refuse a vector that was made under another prompt format."""
-    if origin is not None and origin.format.hash != spec.format.hash:
+    if origin is not None and not origin.any_format and origin.format.hash != spec.format.hash:
         raise VectorMismatch(
             f"a vector made for the template {spec.format.template!r} (instruction {spec.format.instruction!r})",
             f"one for {origin.format.template!r} (instruction {origin.format.instruction!r})",

@@ -36,13 +36,15 @@ METHODS = {
     "i2cl": "taskvec.methods.i2cl:I2CL",
     "icv": "taskvec.methods.icv:InContextVector",
     "elicit": "taskvec.methods.elicit:Elicit",
+    "adaptive": "taskvec.methods.adaptive:AdaptiveTaskVector",
+    "adaptive-ridge": "taskvec.methods.adaptive_ridge:AdaptiveRidge",
     "lora": "taskvec.methods.lora:LoRA",
     "prefix-tuning": "taskvec.methods.prefix_tuning:PrefixTuning",
     "prompt-tuning": "taskvec.methods.prompt_tuning:PromptTuning",
     "linear-probe": "taskvec.methods.linear_probe:LinearProbe",
     "calibration": "taskvec.methods.calibration:Calibration",
 }
-MARKS = {"elicit": "taskvec_library.json"}
+MARKS = {"elicit": "taskvec_library.json", "adaptive": "taskvec_adaptive.json"}
 """The file by which a method's saved source is known."""
 CONTROLS = ("zero-shot", "few-shot", "mean-difference", "random")
 """What stands in every table. `random` is no method: it is made from the vector it is matched to."""

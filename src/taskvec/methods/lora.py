@@ -23,8 +23,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from taskvec.errors import InputError
-from taskvec.evaluate import Fitting, above_zero, at_least_one, single
+from taskvec.evaluate import Fitting, above_zero, at_least_one
 from taskvec.evaluate.adapters import PeftAdapter, bounded, peft, train_adapter
+from taskvec.evaluate.joint import Joint
 from taskvec.lm import LM
 from taskvec.tasks import Dev, Train
 
@@ -34,7 +35,7 @@ class LoRA:
     """Fields.
 
     - `rank`, `alpha`: of the change; `targets`: names of modules, or `all-linear`.
-    - `lr`, `steps`, `batch`: AdamW's; `tokens`: trained tokens at most; `queries`: examples at most.
+    - `lr`, `steps`, `batch`: AdamW's; `tokens`: trained tokens at most; `queries`: examples a task at most.
     - `check`: steps between looks at dev, the best of which is kept; `n_dev`: dev items used.
     """
 
@@ -44,6 +45,7 @@ class LoRA:
     ops: ClassVar[tuple[str, ...]] = ()
     needs_labels: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     rank: int = 8
     alpha: int = 16
     targets: tuple[str, ...] = ("all-linear",)
@@ -64,14 +66,14 @@ class LoRA:
                 raise InputError(f"linear modules of {lm.id} as lora.targets", found, "name the model's own")
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> PeftAdapter:
-        """Train on gold answers, keep the step that is best on dev."""
+        """Train on gold answers, keep the step that is best on dev. Takes one task or many."""
         at_least_one(self, "rank", "steps", "batch", "tokens", "queries", "check", "n_dev")
         above_zero(self, "lr", "alpha")
-        train, dev = single(train, dev)
+        joint = Joint.of(train, dev)
         targets = self.targets[0] if self.targets == ("all-linear",) else list(self.targets)
         self._check(lm)
         config = peft().LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
         )
-        with Fitting.of(lm, self, train, seed=seed) as fitting:
-            return train_adapter(fitting, dev, config, bounded(self))
+        with Fitting.of(lm, self, joint.trains[0], seed=seed) as fitting:
+            return train_adapter(fitting, joint, config, bounded(self))

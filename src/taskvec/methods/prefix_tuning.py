@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taskvec.evaluate import Fitting, above_zero, at_least_one, single
+from taskvec.evaluate import Fitting, above_zero, at_least_one
 from taskvec.evaluate.adapters import PeftAdapter, bounded, key_shape, peft, train_adapter
+from taskvec.evaluate.joint import Joint
 from taskvec.lm import LM
 from taskvec.tasks import Dev, Train
 
@@ -29,7 +30,7 @@ class PrefixTuning:
     """Fields.
 
     - `length`: virtual tokens; `init`: the standard deviation of their first keys and values.
-    - `lr`, `steps`, `batch`: AdamW's; `tokens`: trained tokens at most; `queries`: examples at most.
+    - `lr`, `steps`, `batch`: AdamW's; `tokens`: trained tokens at most; `queries`: examples a task at most.
     - `check`: steps between looks at dev, the best of which is kept; `n_dev`: dev items used.
     """
 
@@ -39,6 +40,7 @@ class PrefixTuning:
     ops: ClassVar[tuple[str, ...]] = ()
     needs_labels: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     length: int = 8
     init: float = 0.5
     lr: float = 3e-2
@@ -50,11 +52,11 @@ class PrefixTuning:
     n_dev: int = 40
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> PeftAdapter:
-        """Train on gold answers, keep the step that is best on dev."""
+        """Train on gold answers, keep the step that is best on dev. Takes one task or many."""
         at_least_one(self, "length", "steps", "batch", "tokens", "queries", "check", "n_dev")
         above_zero(self, "lr")
-        train, dev = single(train, dev)
-        with Fitting.of(lm, self, train, seed=seed) as fitting:
+        joint = Joint.of(train, dev)
+        with Fitting.of(lm, self, joint.trains[0], seed=seed) as fitting:
             heads, width = key_shape(lm)
             config = peft().PrefixTuningConfig(
                 num_virtual_tokens=self.length,
@@ -63,4 +65,4 @@ class PrefixTuning:
                 token_dim=heads * width,
                 task_type="CAUSAL_LM",
             )
-            return train_adapter(fitting, dev, config, bounded(self), init=self.init)
+            return train_adapter(fitting, joint, config, bounded(self), init=self.init)

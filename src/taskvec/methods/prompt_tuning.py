@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taskvec.evaluate import Fitting, above_zero, at_least_one, single
+from taskvec.evaluate import Fitting, above_zero, at_least_one
 from taskvec.evaluate.adapters import PeftAdapter, bounded, peft, soft_prompt_spread, train_adapter
+from taskvec.evaluate.joint import Joint
 from taskvec.lm import LM
 from taskvec.tasks import Dev, Train
 
@@ -29,7 +30,7 @@ class PromptTuning:
     """Fields.
 
     - `length`: virtual tokens.
-    - `lr`, `steps`, `batch`: AdamW's; `tokens`: trained tokens at most; `queries`: examples at most.
+    - `lr`, `steps`, `batch`: AdamW's; `tokens`: trained tokens at most; `queries`: examples a task at most.
     - `check`: steps between looks at dev, the best of which is kept; `n_dev`: dev items used.
     """
 
@@ -39,6 +40,7 @@ class PromptTuning:
     ops: ClassVar[tuple[str, ...]] = ()
     needs_labels: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     length: int = 8
     lr: float = 3e-2
     steps: int = 100
@@ -49,10 +51,10 @@ class PromptTuning:
     n_dev: int = 40
 
     def fit(self, lm: LM, train: Train | Sequence[Train], dev: Dev | Sequence[Dev], *, seed: int = 0) -> PeftAdapter:
-        """Train on gold answers, keep the step that is best on dev."""
+        """Train on gold answers, keep the step that is best on dev. Takes one task or many."""
         at_least_one(self, "length", "steps", "batch", "tokens", "queries", "check", "n_dev")
         above_zero(self, "lr")
-        train, dev = single(train, dev)
+        joint = Joint.of(train, dev)
         config = peft().PromptTuningConfig(num_virtual_tokens=self.length, task_type="CAUSAL_LM")
-        with Fitting.of(lm, self, train, seed=seed) as fitting:
-            return train_adapter(fitting, dev, config, bounded(self), init=soft_prompt_spread(lm))
+        with Fitting.of(lm, self, joint.trains[0], seed=seed) as fitting:
+            return train_adapter(fitting, joint, config, bounded(self), init=soft_prompt_spread(lm))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from taskvec.report import statistics
-from taskvec.results import Metric, Row
+from taskvec.results import BIAS, CONTROL_SUFFIXES, OTHER_TASK, TASK_MEAN, Metric, Row
 
 if TYPE_CHECKING:
     from taskvec.report.read import Run
 
-SHUFFLED, CACHED = "-shuffled", "-cached"
+CACHED = "-cached"
 LAYERED = ("mean-difference", "hendel", "function-vector")
 """Methods whose `dev_accuracy` has one place a layer; mean-difference has one more, for the head's input."""
 MANY = 24
@@ -54,25 +54,28 @@ GREEN, RED, VIOLET = "#2f7054", "#ac4e25", "#6850df"
 _KNOWN = {
     GREY: {"zero-shot": "circle", "random": "x", "linear-probe": "square", "calibration": "triangle-down"},
     BLUE: {"few-shot": "square", "lora": "star", "prefix-tuning": "triangle-up", "prompt-tuning": "diamond"},
-    OCHRE: {"mean-difference": "diamond", "elicit": "pentagon"},
+    OCHRE: {"mean-difference": "diamond", "elicit": "pentagon", "adaptive-ridge": "star"},
     PINK: {"hendel": "triangle-up", "state-vector": "cross"},
     GREEN: {"function-vector": "triangle-down", "i2cl": "hexagon"},
     RED: {"linear": "pentagon", "icv": "diamond"},
-    VIOLET: {"learned": "star", "learnable": "hexagon"},
+    VIOLET: {"learned": "star", "learnable": "hexagon", "adaptive": "cross"},
 }
 _MARKS = {name: Mark(colour, symbol) for colour, some in _KNOWN.items() for name, symbol in some.items()}
+_OPEN = {OTHER_TASK: "x", TASK_MEAN: "square", BIAS: "circle"}
 _OTHERS = [Mark(c, s) for s in ("circle", "x", "square", "bowtie") for c in (VIOLET, GREEN, OCHRE, PINK, RED)]
 
 
 def marks(methods: list[str]) -> dict[str, Mark]:
-    """A mark for each method. Known methods keep theirs on every page; a control made of a method is its mark, open."""
+    """A mark for each method. Known methods keep theirs on every page; a control made of a method has its colour and an
+    open symbol."""
     spare, out = count(), dict[str, Mark]()
     for method in methods:
-        original = method.removesuffix(SHUFFLED).removesuffix(CACHED)
+        end = next((end for end in (*CONTROL_SUFFIXES, CACHED) if method.endswith(end)), "")
+        original = method.removesuffix(end)
         if original not in _MARKS and original not in out:
             out[original] = _OTHERS[next(spare) % len(_OTHERS)]
         mark = _MARKS.get(original) or out[original]
-        out[method] = mark if original == method else Mark(mark.colour, f"{mark.symbol}-open")
+        out[method] = Mark(mark.colour, f"{_OPEN.get(end, mark.symbol)}-open") if end else mark
     return {method: out[method] for method in methods}
 
 

@@ -20,6 +20,7 @@ from taskvec.report import figures, statistics, tables
 from taskvec.report.figures import Drawing, joined
 from taskvec.report.statistics import Paired, Ranks
 from taskvec.report.tables import Table
+from taskvec.results import CONTROL_SUFFIXES
 
 if TYPE_CHECKING:
     from taskvec.report.read import Run
@@ -110,7 +111,7 @@ def summary(run: "Run") -> Summary:
         return Summary("No overall result: no task was finished by every method that has results.")
     if len(ranks.mean) == 1:
         return Summary(f"No comparison: only {next(iter(ranks.mean))} has results.")
-    tests = [test for test in statistics.paired_tests(run) if test.task == statistics.ALL]
+    tests = statistics.paired_tests(run)
     best = _first(ranks, ranks.mean)
     told = _told(ranks, best)
     others = [f"{method}, mean rank {ranks.mean[method]:.2f}: {_standing(method, tests)}." for method in told]
@@ -121,7 +122,7 @@ def summary(run: "Run") -> Summary:
 
 MEANING = (
     "Clearly means a corrected p below 0.05 in a paired permutation test on the test items of all tasks, with all "
-    "pairs of methods considered. It says nothing about other tasks or models."
+    "pairs of methods considered. It says nothing about other tasks, models, or demonstrations than these seeds'."
 )
 
 
@@ -155,7 +156,7 @@ def _against(method: str, tests: list[Paired]) -> dict[str, Paired]:
         if test.a == method:
             out[test.b] = test
         elif test.b == method:
-            out[test.a] = Paired(test.task, test.b, test.a, -test.difference, test.p, test.corrected)
+            out[test.a] = Paired(test.b, test.a, -test.difference, test.p, test.corrected)
     return {name: out[name] for name in BASELINES if name in out}
 
 
@@ -320,13 +321,20 @@ def _there(drawings: Iterable[Drawing | None]) -> tuple[Drawing, ...]:
 # --- where it comes from ---------------------------------------------------------------------------------------------
 
 
+def _asked(run: "Run") -> list[str]:
+    """The methods without baselines and controls."""
+    beside = (*BASELINES, "few-shot-cached")
+    return [name for name in run.config["methods"] if name not in beside and not name.endswith(CONTROL_SUFFIXES)]
+
+
 def _facts(run: "Run") -> list[tuple[str, str]]:
     """What the title says."""
-    methods = [method for method in run.config["methods"] if method not in BASELINES]
+    methods = _asked(run)
+    beside = _many(len(run.config["methods"]) - len(methods), "baseline or control", "baselines and controls")
     return [
         ("model", str(run.config["model"]["id"])),
         ("tasks", str(len(run.tasks))),
-        ("methods", f"{len(methods)}, and {_many(len(run.config['methods']) - len(methods), 'baseline')}"),
+        ("methods", f"{len(methods)}, and {beside}"),
         ("seeds", ", ".join(map(str, run.config["seeds"]))),
         ("test items", _items(run)),
     ]
@@ -362,7 +370,7 @@ def _command(run: "Run") -> str:
     seeds = run.config["seeds"]
     if list(seeds) != list(range(len(seeds))):
         return ""
-    names = [name for name in run.config["methods"] if name not in BASELINES and not name.endswith(figures.SHUFFLED)]
+    names = _asked(run)
     asked = [part for name in names for part in ("--method", name)]
     words = ["taskvec", "bench", run.config["suite"]["name"], "--model", run.config["model"]["id"], *asked]
     return shlex.join([str(word) for word in (*words, "--seeds", len(seeds), "--out", "FOLDER")])
@@ -371,5 +379,5 @@ def _command(run: "Run") -> str:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def _many(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def _many(number: int, thing: str, things: str = "") -> str:
+    return f"{number} {thing if number == 1 else things or thing + 's'}"

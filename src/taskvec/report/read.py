@@ -5,7 +5,7 @@ Shapes: s seeds, n test items.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import polars as pl
 import yaml
 
 from taskvec.errors import InputError
-from taskvec.results import Results, Row, Values, Verdict
+from taskvec.results import Metric, Results, Row, Values, Verdict
+from taskvec.results import mean as mean_over
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,28 @@ class Run:
         seeds = some["seed"].unique(maintain_order=True).to_list()
         return np.array([some.filter(pl.col("seed") == seed)[column].to_numpy() for seed in seeds], dtype=float)
 
+    def hits_by_seed(self, task: str, method: str) -> dict[int, Values]:
+        """The same, a seed at a time: (n,)."""
+        seeds = self.examples.filter((pl.col("task") == task) & (pl.col("method") == method))["seed"]
+        return dict(zip(seeds.unique(maintain_order=True).to_list(), self.hits(task, method), strict=True))
+
+    def d_ntp(self, task: str, method: str) -> Metric | None:
+        """The mean d_ntp over seeds, with an interval by item; None where it is not defined."""
+        if not {"d_ntp", "input"} <= set(self.examples.columns):
+            return None
+        some = self.examples.filter((pl.col("task") == task) & (pl.col("method") == method))
+        by_item = some.group_by("input", maintain_order=True).agg(pl.col("d_ntp").mean())["d_ntp"]
+        return None if by_item.null_count() or not len(by_item) else mean_over(by_item.to_numpy())
+
+    @cached_property
+    def d_ntp_where_wrong(self) -> dict[tuple[str, str, int], float]:
+        """The mean d_ntp of the items where few-shot is wrong, by (task, method, seed)."""
+        if not {"d_ntp", "icl_wrong"} <= set(self.examples.columns):
+            return {}
+        wrong = self.examples.filter(pl.col("icl_wrong") & pl.col("d_ntp").is_not_null())
+        means = wrong.group_by("task", "method", "seed").agg(pl.col("d_ntp").mean())
+        return {(row["task"], row["method"], row["seed"]): row["d_ntp"] for row in means.to_dicts()}
+
     def results(self) -> Results:
         """The rows, with a verdict a task."""
         from taskvec.report.statistics import verdicts
@@ -76,9 +99,13 @@ class Run:
         return Results(self.rows, (), tuple(verdicts(self)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: rows, verdicts, failed cells, ledger."""
+        """Plain JSON values: rows, verdicts, failed cells, ledger, paired tests, correlations."""
+        from taskvec.report.statistics import correlations, paired_tests
+
         failed = [vars(failure) for failure in self.failures]
-        return {**self.results().to_dict(), "failed": failed, "ledger": list(self.ledger)}
+        tests, found = ([asdict(one) for one in some] for some in (paired_tests(self), correlations(self)))
+        said = {"failed": failed, "ledger": list(self.ledger), "tests": tests, "correlations": found}
+        return {**self.results().to_dict(), **said}
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """A verdict a task."""

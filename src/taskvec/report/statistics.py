@@ -1,44 +1,54 @@
-"""What a run's figures can bear: intervals by item and by seed, paired tests, ranks, correlations. All from scipy.
+"""What a run's figures can bear: intervals by item and by seed, paired tests, ranks, correlations. Tests, ranks and t
+intervals are scipy's; the percentile bootstrap is `results.bootstrap` (scipy's own warns where a statistic is not
+defined on some resample, as a rank correlation is not).
 
 Shapes: s seeds, n test items of a task. Test items are shared by all methods and seeds of a task, so methods are
 compared item by item, on each item's share of right answers over the seeds.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taskvec.results import Metric, Row, Values, Verdict, bootstrap, share_kept
+from taskvec.results import Metric, Row, Values, Verdict, bootstrap, proportion, share_kept
 
 if TYPE_CHECKING:
     from taskvec.report.read import Run
 
-RESAMPLES = 4999
 ALPHA = 0.05
 
 
 def by_item(hits: Values) -> Metric:
     """The mean of (s, n) hits, with a bootstrap interval over items: how much other test items would change it."""
     items = hits.mean(0)
-    return bootstrap(lambda picked: items[picked].mean(axis=-1), len(items))
+    same = proportion(items > 0.5) if set(items.tolist()) in ({0.0}, {1.0}) else None
+    return same or bootstrap(lambda picked: items[picked].mean(axis=-1), len(items))
 
 
 def by_seed(hits: Values) -> Metric | None:
     """The same with a t interval over seeds: how much other demonstrations would change it. None for one seed."""
+    return None if len(hits) < 2 else over(hits.mean(1))
+
+
+def over(values: Sequence[float] | Values) -> Metric:
+    """The mean of two values or more, with a 95 % t interval."""
     from scipy import stats
 
-    means = hits.mean(1)
-    if len(means) < 2:
-        return None
-    centre, spread = float(means.mean()), float(stats.sem(means))
+    centre, spread = float(np.mean(values)), float(stats.sem(values))
     if spread == 0:
         return Metric(centre, centre, centre)
-    low, high = stats.t.interval(0.95, len(means) - 1, loc=centre, scale=spread)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=centre, scale=spread)
     return Metric(centre, float(low), float(high))
+
+
+def by_task(hits: Sequence[Values]) -> Metric:
+    """The mean over tasks of each one's mean, with a t interval over tasks: how much other tasks would change it. Of
+    one task, its own interval by item."""
+    return by_item(hits[0]) if len(hits) == 1 else over([float(one.mean()) for one in hits])
 
 
 # --- paired tests ----------------------------------------------------------------------------------------------------
@@ -46,10 +56,9 @@ def by_seed(hits: Values) -> Metric | None:
 
 @dataclass(frozen=True)
 class Paired:
-    """Method `a` minus method `b` on a task's items (`all tasks`: on those of every task). `p` is that of a paired
-    permutation test, `corrected` after Benjamini and Yekutieli over all pairs of the same family."""
+    """Method `a` minus method `b` on the items of every task, over the seeds that both have. `p` is that of a paired
+    permutation test, `corrected` after Benjamini and Yekutieli over all pairs."""
 
-    task: str
     a: str
     b: str
     difference: float
@@ -62,46 +71,50 @@ class Paired:
         return self.corrected < ALPHA
 
 
-ALL = "all tasks"
-
-
 @cache
 def paired_tests(run: "Run") -> list[Paired]:
-    """Every pair of methods on every task, and over all tasks together: two families of tests."""
-    alone = [test for task in run.tasks for test in _pairs(task, _items(run, [task]))]
-    return _corrected(alone) + _corrected(list(_pairs(ALL, _items(run, run.tasks))))
+    """Every pair of methods that every task has, over the items of all tasks together."""
+    pairs = [(a, b, found) for a, b in combinations(run.scored, 2) if (found := _alike(run, a, b)) is not None]
+    resamples = enough(len(pairs))
+    tests = [(a, b, *paired_permutation(*items, resamples)) for a, b, items in pairs]
+    return _corrected([Paired(a, b, difference, p, p) for a, b, difference, p in tests])
 
 
-def _items(run: "Run", tasks: list[str]) -> dict[str, Values]:
-    """Each method's share of right answers over its seeds, item by item, of the methods that every task has."""
-    out = dict[str, Values]()
-    for method in run.scored:
-        hits = [run.hits(task, method) for task in tasks]
-        if all(h.size for h in hits):
-            out[method] = np.concatenate([h.mean(0) for h in hits])
-    return out
+def _alike(run: "Run", a: str, b: str) -> tuple[Values, Values] | None:
+    """Both methods' shares of right answers over the seeds that both have, item by item; None where a task has none."""
+    parts = list[list[Values]]()
+    for task in run.tasks:
+        one, two = (run.hits_by_seed(task, method) for method in (a, b))
+        seeds = [seed for seed in one if seed in two and one[seed].shape == two[seed].shape]
+        if not seeds:
+            return None
+        parts.append([np.mean([hits[seed] for seed in seeds], axis=0) for hits in (one, two)])
+    first, second = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    return first, second
 
 
-def _pairs(task: str, items: dict[str, Values]) -> Iterator[Paired]:
-    for a, b in combinations(items, 2):
-        if len(items[a]) == len(items[b]):
-            difference, p = paired_permutation(items[a], items[b])
-            yield Paired(task, a, b, difference, p, p)
+def enough(pairs: int) -> int:
+    """Resamples with which one true difference among so many pairs can still be told: the smallest p there is, 2 / (n +
+    1), must stay below ALPHA after the correction, which multiplies it by at most pairs x (1 + 1/2 + ... + 1/pairs)."""
+    factor = pairs * sum(1 / k for k in range(1, pairs + 1))
+    return max(4999, int(4 * factor / ALPHA))
 
 
-def paired_permutation(a: Values, b: Values) -> tuple[float, float]:
+def paired_permutation(a: Values, b: Values, resamples: int = 4999) -> tuple[float, float]:
     """(mean of a - b, two-sided p of a paired permutation test)."""
     from scipy.stats import permutation_test
 
-    if len(a) < 2 or not (a - b).any():
+    n, differ = len(a), a != b
+    if differ.sum() < 2:  # one difference is as far from 0 whatever its sign
         return float((a - b).mean()), 1.0
+    a, b = a[differ], b[differ]  # an exchange of equals changes nothing
 
     def statistic(x: Values, y: Values, axis: int) -> Values:
-        return np.asarray(np.round((x - y).mean(axis=axis), 12))  # shares of thirds: a tie is a tie
+        return np.asarray(np.round((x - y).sum(axis=axis) / n, 12))  # shares of thirds: a tie is a tie
 
     rng = np.random.default_rng(0)
     found = permutation_test(
-        (a, b), statistic, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=rng, batch=500
+        (a, b), statistic, permutation_type="samples", vectorized=True, n_resamples=resamples, rng=rng, batch=500
     )
     return float(found.statistic), float(found.pvalue)
 
@@ -112,7 +125,7 @@ def _corrected(tests: list[Paired]) -> list[Paired]:
     if not tests:
         return []
     adjusted = false_discovery_control([test.p for test in tests], method="by")  # by: whatever hangs together
-    return [Paired(t.task, t.a, t.b, t.difference, t.p, float(p)) for t, p in zip(tests, adjusted, strict=True)]
+    return [replace(test, corrected=float(p)) for test, p in zip(tests, adjusted, strict=True)]
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -154,84 +167,103 @@ def _friedman(means: Values) -> float | None:
 
 @dataclass(frozen=True)
 class Point:
-    """One method, task and seed: d_ntp beside accuracy, and beside accuracy where few-shot is wrong."""
+    """One method, task and seed: d_ntp beside accuracy, and both on the items where few-shot is wrong."""
 
     task: str
     method: str
     seed: int
     d_ntp: float
     accuracy: float
-    when_icl_wrong: float | None
+    where_wrong: tuple[float, float] | None = None
 
 
 def points(run: "Run") -> list[Point]:
     """All points but few-shot's own, whose d_ntp is 0 by definition."""
-    out = []
+    out, wrong = [], run.d_ntp_where_wrong
     for row in run.rows:
         if row.method.startswith("few-shot") or row.d_ntp is None or row.headline is None:
             continue
-        wrong = row.when_icl_wrong.value if row.when_icl_wrong is not None else None
-        out.append(Point(row.task, row.method, row.seed, row.d_ntp.value, row.headline.value, wrong))
+        far = wrong.get((row.task, row.method, row.seed))
+        there = (far, row.when_icl_wrong.value) if far is not None and row.when_icl_wrong is not None else None
+        out.append(Point(row.task, row.method, row.seed, row.d_ntp.value, row.headline.value, there))
     return out
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rho over n points, with a bootstrap interval over points. None where it is not defined."""
+    """Spearman's rho over n points, with a bootstrap interval. None where it is not defined."""
 
     what: str
     n: int
     rho: Metric | None
 
 
+POOLED, WITHIN, WRONG = "pooled", "pooled, within tasks", "where few-shot is wrong"
+
+
+@cache
 def correlations(run: "Run") -> list[Correlation]:
-    """d_ntp with accuracy: within each task, pooled, pooled after taking each task's ranks (the part that is not
-    about which task is hard), and pooled with accuracy where few-shot is wrong."""
+    """d_ntp with accuracy: within each task, pooled, and pooled after taking each task's ranks (the part that is not
+    about which task is hard). The same on the items where few-shot is wrong, for both.
+
+    Seeds of one method, and methods of one task, share their items: within a task whole methods are resampled, and
+    pooled lines resample whole tasks (from three tasks on).
+    """
     found = points(run)
-    tasks = [task for task in run.tasks if any(p.task == task for p in found)]
-    out = [_correlation(task, [p for p in found if p.task == task]) for task in tasks]
-    out.append(_correlation("pooled", found))
-    out.append(_within(tasks, found))
-    wrong = [p for p in found if p.when_icl_wrong is not None]
-    pairs = np.array([[p.d_ntp, p.when_icl_wrong] for p in wrong], dtype=float).reshape(-1, 2)
-    out.append(Correlation("pooled, where few-shot is wrong", len(pairs), spearman(pairs)))
+    wrong = [replace(p, d_ntp=p.where_wrong[0], accuracy=p.where_wrong[1]) for p in found if p.where_wrong is not None]
+    return [*_each_way(found, run.tasks, ""), *_each_way(wrong, run.tasks, f", {WRONG}")]
+
+
+def _each_way(found: list[Point], tasks: list[str], end: str) -> list[Correlation]:
+    some = [task for task in tasks if any(p.task == task for p in found)]
+    out = [_correlation(task + end, [p for p in found if p.task == task]) for task in some]
+    return [*out, _correlation(POOLED + end, found), _correlation(WITHIN + end, _ranked(found))]
+
+
+def _ranked(found: list[Point]) -> list[Point]:
+    """Points with ranks within their task, scaled so that their mean is 1/2 however many points a task has."""
+    from scipy.stats import rankdata
+
+    out = []
+    for task in dict.fromkeys(p.task for p in found):
+        some = [p for p in found if p.task == task]
+        scaled = (rankdata(_pairs(some), axis=0) - 0.5) / len(some)
+        out += [replace(p, d_ntp=float(d), accuracy=float(a)) for p, (d, a) in zip(some, scaled, strict=True)]
     return out
 
 
+def _pairs(some: list[Point]) -> Values:
+    return np.array([[p.d_ntp, p.accuracy] for p in some], dtype=float).reshape(-1, 2)
+
+
 def _correlation(what: str, some: list[Point]) -> Correlation:
-    pairs = np.array([[p.d_ntp, p.accuracy] for p in some], dtype=float).reshape(-1, 2)
-    return Correlation(what, len(pairs), spearman(pairs))
+    by_task = len({p.task for p in some}) > 2
+    clusters = [p.task if by_task else f"{p.task} {p.method}" for p in some]
+    return Correlation(what, len(some), spearman(_pairs(some), clusters))
 
 
-def _within(tasks: list[str], found: list[Point]) -> Correlation:
-    """Pooled ranks within tasks, scaled to 0..1."""
-    from scipy.stats import rankdata
-
-    parts = []
-    for task in tasks:
-        pairs = np.array([[p.d_ntp, p.accuracy] for p in found if p.task == task], dtype=float)
-        parts.append(rankdata(pairs, axis=0) / len(pairs))
-    pairs = np.concatenate(parts) if parts else np.zeros((0, 2))
-    return Correlation("pooled, within tasks", len(pairs), spearman(pairs))
-
-
-def spearman(pairs: Values) -> Metric | None:
-    """Spearman's rho of (n, 2) pairs with a bootstrap interval. None below 3 points or where one side is constant."""
+def spearman(pairs: Values, clusters: Sequence[str] | None = None) -> Metric | None:
+    """Spearman's rho of (n, 2) pairs, with an interval from resampling whole clusters (None: single pairs). None below
+    3 points or where one side is constant."""
     if len(pairs) < 3 or (pairs == pairs[0]).all(axis=0).any():
         return None
-    from scipy.stats import rankdata
+    names = list(range(len(pairs))) if clusters is None else list(clusters)
+    groups = [np.flatnonzero([name == one for name in names]) for one in dict.fromkeys(names)]
 
     def rho(picked: Any) -> Values:
-        ranked = rankdata(pairs[picked], axis=-2)
-        centred = ranked - ranked.mean(axis=-2, keepdims=True)
-        spread = np.sqrt((centred**2).sum(axis=-2).prod(axis=-1))
-        return np.asarray(np.divide(centred.prod(axis=-1).sum(axis=-1), spread, out=_nan(spread), where=spread > 0))
+        if picked.ndim > 1:
+            return np.array([rho(row) for row in picked])
+        return np.asarray(_rho(pairs[np.concatenate([groups[i] for i in picked])]))
 
-    return bootstrap(rho, len(pairs))
+    return bootstrap(rho, len(groups))
 
 
-def _nan(like: Any) -> Values:
-    return np.full(np.shape(like), np.nan)
+def _rho(pairs: Values) -> float:
+    from scipy.stats import rankdata
+
+    x, y = (rankdata(side) - (len(pairs) + 1) / 2 for side in pairs.T)
+    spread = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / spread) if spread > 0 else float("nan")
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------

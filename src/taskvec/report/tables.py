@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from taskvec.report import statistics
-from taskvec.results import Metric, Row
+from taskvec.results import Metric, Row, Values
 
 if TYPE_CHECKING:
     from taskvec.report.read import Run
@@ -25,24 +25,52 @@ class Table:
 
 def all_tables(run: "Run") -> list[Table]:
     """Every table that has rows."""
-    makers = (accuracy, closeness, costs, rank_table, tests, correlation_table, selected, failed)
+    makers = (accuracy, by_group, closeness, costs, rank_table, tests, correlation_table, selected, failed)
     return [table for table in (make(run) for make in makers) if table.rows]
 
 
 def accuracy(run: "Run") -> Table:
-    """Accuracy by task and method, with the interval by item; and by seed in the last column, over all tasks."""
+    """Accuracy by task and method, with the interval by item; the mean over tasks with one by task."""
     rows = []
     for method in run.scored:
         hits = [run.hits(task, method) for task in run.tasks]
         whole = [h for h in hits if h.size]
-        mean = f"{sum(float(h.mean()) for h in whole) / len(whole):.3f}" if whole else "-"
-        cells = [said(statistics.by_item(h)) if h.size else "failed" for h in hits]
+        cells = [_accuracy(run, task, method, h) for task, h in zip(run.tasks, hits, strict=True)]
+        mean = said(statistics.by_task(whole)) if whole else "-"
         rows.append((method, *cells, mean if len(whole) == len(hits) else f"{mean} of {len(whole)}"))
     caption = (
         "Accuracy on test items (label accuracy where a task has labels): mean over seeds, 95 % interval by item; "
-        "the mean over tasks."
+        "the mean over tasks with a 95 % t interval by task."
     )
     return Table("accuracy", caption, ("method", *run.tasks, "mean"), tuple(rows))
+
+
+def by_group(run: "Run") -> Table:
+    """Mean accuracy over the tasks of each category, and over seen and unseen tasks; no rows where there is but one
+    group."""
+    groups: dict[str, list[str]] = {}
+    for task, data in run.config["tasks"].items():
+        where = "" if "unseen" not in data else "unseen" if data["unseen"] else "seen"
+        names = dict.fromkeys((where, f"{where} {data.get('category') or 'other'}".strip()))
+        for name in filter(None, names):
+            groups.setdefault(name, []).append(task)
+    caption = "Mean accuracy over the tasks of a category, with a 95 % t interval by task (of one task: by item)."
+    if len(groups) < 2:
+        return Table("groups", caption, (), ())
+    rows = []
+    for method in run.scored:
+        hits = {name: [h for task in some if (h := run.hits(task, method)).size] for name, some in groups.items()}
+        rows.append((method, *(said(statistics.by_task(some)) if some else "failed" for some in hits.values())))
+    header = [f"{name} ({len(some)})" for name, some in groups.items()]
+    return Table("groups", caption, ("method", *header), tuple(rows))
+
+
+def _accuracy(run: "Run", task: str, method: str, hits: Values) -> str:
+    """A cell; it says where some of its seeds failed."""
+    if not hits.size:
+        return "failed"
+    seeds = len(run.config["seeds"])
+    return said(statistics.by_item(hits)) + ("" if len(hits) == seeds else f" ({len(hits)} of {seeds} seeds)")
 
 
 def closeness(run: "Run") -> Table:
@@ -52,15 +80,30 @@ def closeness(run: "Run") -> Table:
         for method in run.scored:
             rows, hits = run.rows_of(task, method), run.hits(task, method)
             if rows:
-                names = ("d_ntp", "d_ntp_full", "agreement", "when_icl_wrong", "macro_f1", "in_label_rate")
-                cells = [_mean_metric(rows, name) for name in names]
-                body.append((task, method, said(statistics.by_seed(hits)), *cells, _mean_metric(rows, "accuracy")))
-    header = ("task", "method", "accuracy by seed", "d_ntp", "d_ntp full", "agreement", "where few-shot is wrong")
+                cells = [_mean_metric(rows, name) for name in CLOSE]
+                far = run.d_ntp(task, method)
+                shown = _mean_metric(rows, "d_ntp") if far is None else said(far)
+                body.append((task, method, said(statistics.by_seed(hits)), shown, *cells))
+    header = ("task", "method", "accuracy by seed", "d_ntp", *CLOSE.values())
     caption = (
-        "Closeness to few-shot: accuracy with its 95 % interval over seeds, then means over seeds. "
-        "Exact is the full-vocabulary answer."
+        "Closeness to few-shot: accuracy with its 95 % interval over seeds, d_ntp with one by item, then means over "
+        "seeds. Exact is the full-vocabulary answer; errors are mean squared distances to few-shot's label logits and "
+        "last states; d_ntp stays below the bound."
     )
-    return Table("closeness", caption, (*header, "macro F1", "in labels", "exact"), tuple(body), text=2)
+    return Table("closeness", caption, header, tuple(body), text=2)
+
+
+CLOSE = {
+    "d_ntp_full": "d_ntp full",
+    "agreement": "agreement",
+    "when_icl_wrong": "where few-shot is wrong",
+    "macro_f1": "macro F1",
+    "in_label_rate": "in labels",
+    "accuracy": "exact",
+    "label_logit_error": "label-logit error",
+    "hidden_error": "hidden error",
+    "d_ntp_bound": "d_ntp bound",
+}
 
 
 def costs(run: "Run") -> Table:
@@ -83,20 +126,10 @@ def costs(run: "Run") -> Table:
         body.append((method, *(f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}" for mean in means), cell))
     header = ("method", "labels", "queries", "fit tokens", "fit s", "prompt tokens", "computed", "ms a query", "cell s")
     caption = (
-        "Costs, means over tasks and seeds. `cell s` is what the cell took here, with work shared between methods."
+        "Costs, means over tasks and seeds. `fit tokens` and `fit s` are billed as if the method stood alone; `cell s` "
+        "is what the cell took here, with work shared between methods."
     )
     return Table("costs", caption, header, tuple(body))
-
-
-COSTS = {
-    "fit_labels": "labels",
-    "fit_queries": "queries",
-    "fit_tokens": "fit tokens",
-    "fit_seconds": "fit s",
-    "prompt_tokens": "prompt tokens",
-    "computed_tokens": "computed",
-    "query_ms": "ms a query",
-}
 
 
 def rank_table(run: "Run") -> Table:
@@ -109,7 +142,7 @@ def rank_table(run: "Run") -> Table:
 
 def tests(run: "Run") -> Table:
     """Paired tests over all tasks together."""
-    some = [test for test in statistics.paired_tests(run) if test.task == statistics.ALL]
+    some = statistics.paired_tests(run)
     rows = [(t.a, t.b, f"{100 * t.difference:+.1f}", f"{t.p:.2g}", f"{t.corrected:.2g}") for t in some]
     caption = (
         "Differences over all test items, in points. Paired permutation tests; corrected for all pairs "
@@ -122,7 +155,8 @@ def correlation_table(run: "Run") -> Table:
     """d_NTP against accuracy."""
     rows = [(c.what, str(c.n), said(c.rho)) for c in statistics.correlations(run)]
     caption = (
-        "Spearman's rho of d_ntp with accuracy over (method, seed) points but few-shot's, 95 % bootstrap interval."
+        "Spearman's rho of d_ntp with accuracy over (method, seed) points but few-shot's. 95 % bootstrap intervals: of "
+        "whole methods within a task, of whole tasks where they are pooled."
     )
     return Table("correlation", caption, ("points", "n", "rho"), tuple(rows))
 
@@ -137,7 +171,8 @@ def selected(run: "Run") -> Table:
         if short:
             said_ = ", ".join(f"{name} {_value(value)}" for name, value in short.items())
             rows.append((row.task, row.method, str(row.seed), said_))
-    return Table("selected", "What was selected, on dev only.", ("task", "method", "seed", "selected"), tuple(rows), 4)
+    caption = "What each fit chose and measured; choices are made on dev, or on train (a ridge by leave-one-out)."
+    return Table("selected", caption, ("task", "method", "seed", "selected"), tuple(rows), 4)
 
 
 def failed(run: "Run") -> Table:
@@ -152,12 +187,14 @@ def said(metric: Metric | None) -> str:
 
 
 def _mean_metric(rows: Sequence[Row], name: str) -> str:
-    values = [getattr(row, name).value for row in rows if getattr(row, name) is not None]
-    return f"{sum(values) / len(values):.3f}" if values else "-"
+    found = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+    values = [one.value if isinstance(one, Metric) else one for one in found]
+    mean = sum(values) / len(values) if values else 0.0
+    return "-" if not values else f"{mean:.0f}" if mean >= 100 else f"{mean:.3f}"
 
 
 def _short(value: Any) -> bool:
-    return not isinstance(value, list | dict) or (isinstance(value, list) and len(value) <= 6)
+    return not isinstance(value, list | dict) or (isinstance(value, list) and len(str(value)) <= 120)
 
 
 def _value(value: Any) -> str:

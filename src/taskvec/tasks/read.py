@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -46,11 +47,13 @@ def load_task(
     format: PromptFormat | None = None,
     shots: int = 10,
     n_test: int = 100,
+    instruct: bool = False,
 ) -> Task:
     """The task in the file `source`, the built-in task of that name (`past-tense` and `past_tense` are one name), a
     set of the package StaICC, or a synthetic task for the model `tiny` (`tiny_upper`).
 
-    `format` stands above the sidecar's, and that above `qa`. Raises `DataError` or `UnknownName`.
+    `format` stands above the sidecar's, and that above `qa`. `instruct` puts the sidecar's description before every
+    prompt that has no instruction. Raises `DataError` or `UnknownName`.
     """
     name = _plain_name(source)
     if name in DATASETS and not os.path.isfile(source):
@@ -61,7 +64,9 @@ def load_task(
         path = _find(source)
         name, about, examples = path.stem, read_sidecar(path), read_examples(path)
     chosen = format or PromptFormat.named(about.format or "qa", about.instruction)
-    spec = TaskSpec(name=name, format=chosen, shots=shots, labels=about.labels)
+    if instruct and not chosen.instruction and name not in (*DATASETS, *HUB):
+        chosen = replace(chosen, instruction=about.description)
+    spec = TaskSpec(name=name, format=chosen, shots=shots, labels=about.labels, category=about.category)
     return Task.from_examples(spec, examples, n_test=n_test)
 
 

@@ -79,6 +79,8 @@ def read_dataset(name: str) -> list[Example]:
     that holds anything but plain data."""
     path = _folder() / f"{DATASETS[name].file}.dataset"
     rows = plain(path.read_bytes(), str(path))
+    if not isinstance(rows, list | tuple):
+        raise DataError(f"rows in {path}", type(rows).__name__, "install StaICC==0.1.1 again")
     labels, seen, examples = DATASETS[name].labels, set[str](), list[Example]()
     for row in rows:
         match row:
@@ -107,7 +109,7 @@ def plain(content: bytes, name: str) -> Any:
     """What a pickle of lists, tuples, strings and numbers holds. Anything that would import or call something is
     refused before it does (`DataError`)."""
     try:
-        return _Plain(io.BytesIO(content)).load()
+        return _only_plain(_Plain(io.BytesIO(content)).load())
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -117,8 +119,20 @@ def plain(content: bytes, name: str) -> Any:
         AttributeError,
         TypeError,
         OverflowError,
+        MemoryError,
+        RecursionError,
     ) as error:
         raise DataError(f"plain data in {name}", str(error), "install StaICC==0.1.1 again") from None
+
+
+def _only_plain(value: Any) -> Any:
+    """The value, if it holds lists, tuples, strings and numbers and nothing else."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            _only_plain(part)
+    elif not isinstance(value, str | int | float):
+        raise pickle.UnpicklingError(f"a {type(value).__name__}")
+    return value
 
 
 class _Plain(pickle.Unpickler):

@@ -3,6 +3,8 @@
 name: mine
 tasks: [past_tense, sst2, data/tickets.jsonl]   # built-in names, data sets, task files (paths from this file)
 shots: 10        # optional, as are n_test, queries (unlabelled, for methods that take them) and format
+unseen: [plural] # optional: tested on, never trained on; methods that can (adaptive) are fitted on all tasks together
+instruct: true   # optional: word tasks' descriptions stand before every prompt, so that it says what is asked
 """
 
 import os
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,7 +27,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Suite(BaseModel):
-    """Tasks that are benchmarked together. `queries` of None leaves each method its own number."""
+    """Tasks that are benchmarked together. `queries` of None leaves each method its own number. With `together` (or
+    `unseen` tasks) methods that take many tasks are fitted once on all of `tasks`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,16 +39,30 @@ class Suite(BaseModel):
     n_test: Positive = 100
     queries: Positive | None = None
     format: str | None = None
+    unseen: tuple[str, ...] = ()
+    together: bool = False
+    instruct: bool = False
+
+    @property
+    def joint(self) -> bool:
+        """Are methods that can fitted on all tasks together?"""
+        return self.together or bool(self.unseen)
 
     def load(self, chat: Callable[[str], PromptFormat] | None = None) -> list[Task]:
-        """The tasks. Raises `DataError` or `UnknownName` for the first that cannot be read, `InputError` where two have
-        one name. A suite with `format: chat` needs `chat(instruction)`, the model's own template."""
+        """The tasks, then the unseen ones. Raises `DataError` or `UnknownName` for the first that cannot be read,
+        `InputError` where two have one name, or one data set under two names is to be seen and unseen. A suite with
+        `format: chat` needs `chat(instruction)`, the model's own template."""
         format = None if self.format in (None, "chat") else PromptFormat.named(self.format)
         if self.format == "chat":
             if chat is None:
                 raise InputError("a model with a chat template, for format: chat", "none", "name another format")
             format = chat("")
-        tasks = [load_task(name, format=format, shots=self.shots, n_test=self.n_test) for name in self.tasks]
+        options: dict[str, Any] = {"format": format, "shots": self.shots, "n_test": self.n_test}
+        tasks = [load_task(name, instruct=self.instruct, **options) for name in (*self.tasks, *self.unseen)]
+        seen, unseen = tasks[: len(self.tasks)], tasks[len(self.tasks) :]
+        if both := {task.spec.data_hash: task.name for task in seen}.keys() & {task.spec.data_hash for task in unseen}:
+            found = f"{next(task.name for task in unseen if task.spec.data_hash in both)} in both"
+            raise InputError("a task in tasks or in unseen, not in both", found, "take it out of one")
         names = [task.name for task in tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError("each task once in a suite", f"{', '.join(twice)} twice", "rename or remove one")
@@ -78,8 +95,12 @@ def read_suite(path: Path) -> Suite:
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         found = " ".join(str(error).splitlines()[:3])
         raise DataError(f"a suite in YAML in {path}", found, "mend it") from None
-    beside = [str(path.parent / name) if os.path.isfile(path.parent / name) else name for name in suite.tasks]
-    return suite.model_copy(update={"tasks": tuple(beside)})
+    return suite.model_copy(update={"tasks": _beside(path, suite.tasks), "unseen": _beside(path, suite.unseen)})
+
+
+def _beside(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Task files named from the suite's own folder."""
+    return tuple(str(path.parent / name) if os.path.isfile(path.parent / name) else name for name in names)
 
 
 def _bad(path: Path, error: ValidationError) -> InputError:

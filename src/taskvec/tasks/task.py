@@ -25,8 +25,8 @@ def answer_nll(logits: Any, target: Any) -> Any:
 @dataclass(frozen=True)
 class TaskSpec:
     """What a task's splits share: its name, format, number of shots, labels (None: an open task), loss, data hash,
-    number of test items, and the distinct outputs that occur (they say what answers look like, not which input has
-    which)."""
+    number of test items, the distinct outputs that occur (they say what answers look like, not which input has
+    which), and its category in reports."""
 
     name: str
     format: PromptFormat = field(default_factory=lambda: PromptFormat.named("qa"))
@@ -36,6 +36,7 @@ class TaskSpec:
     data_hash: str = ""
     outputs: tuple[str, ...] = ()
     n_test: int = 0
+    category: str = ""
 
 
 @dataclass(frozen=True)

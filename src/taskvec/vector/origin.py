@@ -56,10 +56,10 @@ class FormatRecord(_Plain):
 class Origin(_Plain):
     """Method, hyper-parameters, model, template, data, seed, demonstrations and cost of one fit.
 
-    `prompt` says on which prompts the vector works: `zero-shot`, or `few-shot` behind `demos`. `max_new_tokens` is how
-    long an answer of the task may get, `n_test` how many of the data's items were kept away from the fit, `also` the
-    same of other data it was fitted on (hash -> items), `found` what the fit chose and measured (its layer, a chosen
-    ridge, degrees of freedom).
+    `prompt` says on which prompts the vector works: `zero-shot`, or `few-shot` behind `demos`. `any_format` says that
+    it was fitted under several templates and may be used under others. `max_new_tokens` is how long an answer of the
+    task may get, `n_test` how many of the data's items were kept away from the fit, `also` the same of other data it
+    was fitted on (hash -> items), `found` what the fit chose and measured (its layer, a ridge, degrees of freedom).
     """
 
     method: str
@@ -67,6 +67,7 @@ class Origin(_Plain):
     model: ModelId
     tokenizer_hash: str = ""
     format: FormatRecord
+    any_format: bool = False
     task: str
     data_hash: str
     n_test: int = 0

@@ -1,0 +1,252 @@
+"""docs/claims.md: what four papers claim, what the files in docs/results say about it, and a verdict by a rule.
+
+A difference between methods is taken within each (task, seed), averaged over seeds, then over tasks; its interval is a
+95 % t interval over tasks, for a claim is about tasks in general.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tables import RESULTS, markdown, read
+
+from taskvec.report.statistics import POOLED, WITHIN, WRONG, over
+from taskvec.results import Metric, Row
+
+YES, NO, UNSURE, NOT_HERE = "reproduced", "not reproduced", "undecided here", "not testable here"
+STRONG = -0.5
+"""Above this, a rank correlation is not called strong."""
+MARGIN = 0.05
+"""So far below few-shot still counts as reaching it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured, and what follows."""
+
+    measured: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, the figures it gives, and what finds out."""
+
+    says: str
+    figures: str
+    find: Callable[[], Found]
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+
+def suite() -> list[Row]:
+    """The classification suite's rows: docs/benchmark."""
+    return _rows("benchmark")
+
+
+def tasks() -> list[Row]:
+    """The rows of docs/methods/results.md: every method on four word tasks and two sets."""
+    return [row for path in sorted(RESULTS.glob("methods_*.json")) for row in _rows(path.stem)]
+
+
+def transferred() -> list[Row]:
+    """The target's rows of every transfer from the larger model to the smaller one."""
+    return [row for path in sorted(RESULTS.glob("transfer_down_*.json")) for row in _rows(path.stem)]
+
+
+def _rows(name: str) -> list[Row]:
+    return [Row.from_dict(row) for row in read(name)["rows"]]
+
+
+def value(row: Row, key: str) -> float | None:
+    """A metric or a plain number; `headline` is label accuracy where there are labels."""
+    found: Any = getattr(row, key)
+    return found.value if isinstance(found, Metric) else found
+
+
+def difference(rows: Sequence[Row], a: str, b: Iterable[str], key: str) -> tuple[Metric, int]:
+    """(a minus the mean of b, how many tasks)."""
+    by = {(row.task, row.seed, row.method): value(row, key) for row in rows}
+    others, per_task = list(b), dict[str, list[float]]()
+    for (task, seed, method), own in by.items():
+        theirs = [by.get((task, seed, other)) for other in others]
+        if method == a and own is not None and None not in theirs:
+            per_task.setdefault(task, []).append(own - float(np.mean(np.array(theirs, dtype=float))))
+    if len(per_task) < 2:
+        raise ValueError(f"{a} minus {others} was measured on {len(per_task)} tasks: a claim about tasks takes two")
+    return over([float(np.mean(some)) for some in per_task.values()]), len(per_task)
+
+
+def above(rows: Callable[[], list[Row]], a: str, b: Iterable[str], key: str = "headline") -> Callable[[], Found]:
+    """Reproduced where the whole interval of a - b is above 0 (for a distance: below); undecided where it holds 0."""
+
+    def find() -> Found:
+        found, n = difference(rows(), a, b, key)
+        low, high = (-found.high, -found.low) if key.startswith("d_ntp") else (found.low, found.high)
+        named = " and ".join(f"`{other}`" for other in b)
+        return Found(
+            f"`{a}` minus {named}: {_said(found, key)}, {n} tasks", YES if low > 0 else NO if high < 0 else UNSURE
+        )
+
+    return find
+
+
+def _said(found: Metric, key: str) -> str:
+    if key.startswith("d_ntp"):
+        return f"{key} {found.value:+.2f} nats [{found.low:+.2f}, {found.high:+.2f}]"
+    return f"{100 * found.value:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def both(*finds: Callable[[], Found]) -> Callable[[], Found]:
+    """Reproduced where each part is, in part where some are."""
+
+    def find() -> Found:
+        found = [part() for part in finds]
+        verdicts = [part.verdict for part in found]
+        some = f"{YES} in part ({verdicts.count(YES)} of {len(found)})"
+        verdict = verdicts[0] if len(set(verdicts)) == 1 else some if YES in verdicts else UNSURE
+        return Found("; ".join(part.measured for part in found), verdict)
+
+    return find
+
+
+def not_here(reason: str) -> Callable[[], Found]:
+    """What this scale, this data or this version cannot say."""
+    return lambda: Found(reason, NOT_HERE)
+
+
+# --- particular claims -----------------------------------------------------------------------------------------------
+
+
+def tracks() -> Found:
+    """Each task's own correlation, averaged over tasks; the pooled ones beside it."""
+    rows = read("benchmark")
+    found = {part["what"]: part for part in rows["correlations"] if part["rho"] is not None}
+    tasks = list(dict.fromkeys(row["task"] for row in rows["rows"]))
+    own = over([found[task]["rho"]["value"] for task in tasks if task in found])
+    wrong = over([found[f"{task}, {WRONG}"]["rho"]["value"] for task in tasks if f"{task}, {WRONG}" in found])
+    pooled = "; ".join(f"{name}: {Metric(**found[name]['rho'])}" for name in (POOLED, WITHIN))
+    said = (
+        f"Spearman's rho within a task, mean over tasks: {own}; on the items where few-shot is wrong: {wrong}; {pooled}"
+    )
+    return Found(said, YES if own.high < STRONG else NO if own.low > STRONG else UNSURE)
+
+
+def bounded() -> Found:
+    """d_ntp <= label_logit_error / 4 <= d_ntp_bound in every row that has them."""
+    rows = [row for row in [*suite(), *tasks()] if row.d_ntp and row.label_logit_error and row.d_ntp_bound is not None]
+    held = sum(row.d_ntp.value <= row.label_logit_error.value / 4 <= row.d_ntp_bound for row in rows)
+    share = np.median([row.d_ntp.value / row.d_ntp_bound for row in rows if row.d_ntp_bound])
+    text = f"d_ntp <= label-logit error / 4 <= ||U_c||^2 hidden error / 4 in {held} of {len(rows)} rows"
+    return Found(f"{text}; d_ntp is {share:.1g} of the bound (median)", YES if held == len(rows) else NO)
+
+
+def cheap() -> Found:
+    """Seconds to fit and to ask, against the trained vector in the same group."""
+    by = {(row.task, row.seed, row.method): row for row in suite()}
+    both = {name: {key[:2] for key in by if key[2] == name} for name in ("linear", "learned")}
+    groups = sorted(both["linear"] & both["learned"])
+    pairs = [(by[*group, "linear"], by[*group, "learned"]) for group in groups]
+    fit = np.array([learned.fit_seconds / linear.fit_seconds for linear, learned in pairs])
+    ask = np.array([learned.query_ms / linear.query_ms for linear, learned in pairs])
+    longer = f"{np.median(fit):.1f} times (median of {len(pairs)} groups, least {fit.min():.1f})"
+    text = f"`learned` takes {longer} as long to fit, and {np.median(ask):.2f} times as long a query"
+    return Found(text, YES if fit.min() > 1 else NO)
+
+
+def beats_icl() -> Found:
+    """Not more than `MARGIN` below few-shot."""
+    found, n = difference(tasks(), "learned", ["few-shot"], "accuracy")
+    text = f"`learned` minus `few-shot`: {_said(found, 'accuracy')}, {n} tasks"
+    return Found(text, YES if found.low > -MARGIN else NO if found.high < 0 else UNSURE)
+
+
+BASELINES = ("hendel", "function-vector", "mean-difference")
+PAPERS: dict[str, list[Claim]] = {
+    "Linear task vector (arXiv 2605.20730)": [
+        Claim("d_NTP and accuracy are strongly and negatively correlated", "no coefficient known", tracks),
+        Claim(
+            "The ridge map lowers d_NTP below other task vectors",
+            "no figures known",
+            both(*(above(suite, "linear", [name], "d_ntp") for name in (*BASELINES, "learned"))),
+        ),
+        Claim(
+            "It gains accuracy over task-vector baselines on eight classification sets and five models",
+            "+9.2 % on average (points or relative: unknown)",
+            above(suite, "linear", BASELINES),
+        ),
+        Claim(
+            "A linear map is better than one constant vector, the mean difference",
+            "no figures known",
+            both(above(suite, "linear", ["mean-difference"]), above(suite, "linear", ["mean-difference"], "d_ntp")),
+        ),
+        Claim("Closeness of states bounds d_NTP", "constants unknown; the bound here is ours", bounded),
+        Claim("It costs less to fit than trained vectors", "0.3 min against 7.1 (8B, 8 bit)", cheap),
+        Claim(
+            "A larger model's vector improves a smaller model",
+            "+6.4 % (unit, pair and reference unknown)",
+            both(
+                above(transferred, "transfer-tokens", ["zero-shot"]),
+                above(transferred, "transfer-label-logits", ["zero-shot"]),
+                above(transferred, "transfer-tokens", ["linear"]),
+            ),
+        ),
+        Claim("It beats the baselines in regression from text", "no figures", not_here("regression tasks are to come")),
+    ],
+    "Adaptive task vectors (arXiv 2506.03426)": [
+        Claim(
+            "A vector written for each query is above few-shot, ELICIT, I2CL and LoRA on average, on unseen tasks too",
+            "20 tasks in domain, 5 unseen; values unknown",
+            not_here("the adaptive method is to come"),
+        ),
+        Claim(
+            "On HANS it answers where nobody else does",
+            "59.6 % against less than 0.5 %",
+            not_here("HANS cannot be had offline, and the adaptive method is to come"),
+        ),
+    ],
+    "Learned task vectors (arXiv 2509.24169)": [
+        Claim(
+            "A trained vector is far above extracted ones, counted over the full vocabulary",
+            "83.5 against 37.8 (mean difference) and 37.3 (function vector), Llama-3.1-8B",
+            both(*(above(tasks, "learned", [name], "accuracy") for name in ("mean-difference", "function-vector"))),
+        ),
+        Claim("It reaches few-shot", "equal or above it from early layers", beats_icl),
+        Claim(
+            "As a way of fine-tuning it is above LoRA and prefix tuning",
+            "SST-2: 92.9 against 91.6 and 85.7 (here both rivals are bounded to about a minute of training)",
+            both(*(above(tasks, "learned", [name], "accuracy") for name in ("lora", "prefix-tuning"))),
+        ),
+        Claim(
+            "It acts through OV circuits and few heads, almost linearly: early vectors rotate, late ones stretch",
+            "OV alone keeps 52 of 83; without the 10 % key heads 51",
+            not_here("the analyses are to come"),
+        ),
+    ],
+    "Learnable task vector (arXiv 2502.05390)": [
+        Claim(
+            "A trained weighted sum of heads is above the function vector on text",
+            "15 tasks, GPT-J-6B; main tables unknown",
+            above(tasks, "learnable", ["function-vector"], "accuracy"),
+        ),
+        Claim(
+            "In regression it carries on where prompts are longer than those trained on",
+            "error 1.1 against 13.5 at 100 examples",
+            not_here("the regression benchmark is to come"),
+        ),
+    ],
+}
+
+
+def claims() -> str:
+    """A table a paper."""
+    parts = []
+    for paper, its in PAPERS.items():
+        body = []
+        for claim in its:
+            found = claim.find()
+            body.append([claim.says, claim.figures, found.measured, f"**{found.verdict}**"])
+        parts.append(f"## {paper}\n\n" + markdown(["claim", "what they said", "what we measured", "verdict"], body))
+    return "\n" + "\n\n".join(parts) + "\n"
