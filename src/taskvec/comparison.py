@@ -71,8 +71,7 @@ def compare_once(
         raise InputError("a seed of 0 or more", str(seed), "name another")
     fitted = _fit_all(lm, task, with_controls(methods), seed)
     fitted |= {f"vector {i}": vector for i, vector in enumerate(vectors)}
-    for name, source in [(name, c) for name, c in fitted.items() if isinstance(c, VectorSource)]:
-        fitted |= source_controls(lm, name, source, task.train, other.train if other is not None else None, seed=seed)
+    fitted |= _controls(lm, task, fitted, other, seed)
     candidates = [name for name in fitted if is_candidate(name, fitted[name])] or ["mean-difference"]
     few = observe(lm, task.dev, fitted["few-shot"])
     dev = {
@@ -83,6 +82,17 @@ def compare_once(
     seen, total = _score_all(lm, task, fitted, seed, chosen)
     verdict = _verdict(total, seen, chosen, getattr(fitted[chosen], "source", None) or chosen)
     return Comparison(replace(total, verdicts=(verdict,)), fitted, chosen, verdict, dev)
+
+
+def _controls(
+    lm: LM, task: Task, fitted: Mapping[str, Condition], other: Task | None, seed: int
+) -> dict[str, Condition]:
+    """The controls of every vector source."""
+    out, train = dict[str, Condition](), other.train if other is not None else None
+    for name, source in fitted.items():
+        if isinstance(source, VectorSource):
+            out |= source_controls(lm, name, source, task.train, train, seed=seed)
+    return out
 
 
 def is_candidate(name: str, condition: Condition) -> bool:

@@ -108,8 +108,8 @@ def eval_task(data: str, prompts: PromptOptions, where: ModelOptions, choices: C
     vectors = [registry.load(folder) for folder in choices.vectors]
     with shown():
         lm = where.load()
-        tasks = [with_chat(one, prompts, lm) for one in (task, other) if one is not None]
-        found = compare(lm, tasks[0], chosen, vectors=vectors, seeds=choices.seeds, other=dict(enumerate(tasks)).get(1))
+        other = with_chat(other, prompts, lm) if other is not None else None
+        found = compare(lm, with_chat(task, prompts, lm), chosen, vectors=vectors, seeds=choices.seeds, other=other)
     if choices.examples is not None:
         found.write_examples(choices.examples)
     if as_json:

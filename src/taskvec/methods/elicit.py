@@ -20,8 +20,6 @@ named by `encoder`; the paper's trained classifier is not rebuilt. The threshold
 look alike (a verb is a verb) BM25 has nothing to go by, and mostly nothing is injected.
 """
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,10 +30,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from taskvec.errors import InputError, MissingPackage, VectorCorrupt
+from taskvec.errors import InputError, MissingPackage
 from taskvec.evaluate import Fitting, at_least_one, longest_answer, pick
 from taskvec.evaluate.drawing import draw, encode_drawn, labels_read
 from taskvec.lm import LM, Encoded
@@ -43,34 +40,25 @@ from taskvec.replay import Ask, Trial, replay
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train, load_task
 from taskvec.vector import Add, Edit, Origin, TaskVector
+from taskvec.vector.sealed import Sealed, sha
 from taskvec.vector.store import CARD, CONFIG, replacing
 
 Retriever = Literal["bm25", "dense"]
 MARK = "taskvec_library.json"
 
 
-class _Library(BaseModel):
-    """The file `taskvec_library.json`. `entries` pairs each folder with the SHA-256 of its configuration;
-    `card` is that of README.md. There is one text for each library, so that no byte of it can change unseen."""
+class _Library(Sealed):
+    """The file `taskvec_library.json`. `entries` pairs each folder with the SHA-256 of its configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    mark: ClassVar[str] = MARK
+    what: ClassVar[str] = "library"
 
-    format_version: Literal[1] = 1
     method: Literal["elicit"] = "elicit"
     retriever: Retriever
     encoder: str
     threshold: float
     top: int
-    entries: dict[str, str]
-    card: str
     origin: Origin
-    checksum: str = ""
-
-    def text(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
-
-    def digest(self) -> str:
-        return _sha(json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True).encode())
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,24 +116,21 @@ class ElicitLibrary:
                 encoder=self.encoder,
                 threshold=self.threshold,
                 top=self.top,
-                entries={name: _sha((new / name / CONFIG).read_bytes()) for name in names},
-                card=_sha(about.encode()),
+                entries={name: sha((new / name / CONFIG).read_bytes()) for name in names},
+                files={CARD: sha(about.encode())},
                 origin=self.origin,
             )
-            sealed = record.model_copy(update={"checksum": record.digest()})
-            (new / MARK).write_text(sealed.text(), "utf-8")
+            record.write(new)
             (new / CARD).write_bytes(about.encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ElicitLibrary":
         """Read a library, checking every entry. Raises `VectorCorrupt` for anything missing, added or changed."""
         folder = Path(folder)
-        if not (folder / MARK).is_file():
-            raise InputError(f"a library with {MARK}", f"none at {folder}", "check the path")
-        record = _read(folder)
+        record = _Library.read(folder)
         for name, digest in record.entries.items():
-            if not (folder / name / CONFIG).is_file() or _sha((folder / name / CONFIG).read_bytes()) != digest:
-                raise _corrupt(folder, f"the entry {name} is not the one that was saved")
+            if not (folder / name / CONFIG).is_file() or sha((folder / name / CONFIG).read_bytes()) != digest:
+                raise _Library.corrupt(folder, f"the entry {name} is not the one that was saved")
         entries = tuple(TaskVector.from_pretrained(folder / name) for name in record.entries)
         return cls(entries, record.origin, record.threshold, record.top, record.retriever, record.encoder, str(folder))
 
@@ -172,23 +157,6 @@ class ElicitLibrary:
             self._known["entries"] = rows.mean(0), _unit(rows - rows.mean(0))
         centre, entries = self._known["entries"]
         return centre, entries
-
-
-def _read(folder: Path) -> _Library:
-    """The library's file, and that nothing stands beside its entries and card."""
-    try:
-        content = (folder / MARK).read_bytes()
-        record = _Library.model_validate_json(content)
-    except (ValidationError, ValueError) as error:
-        raise _corrupt(folder, " ".join(str(error).splitlines()[:3])) from None
-    if record.checksum != record.digest() or content != record.text().encode():
-        raise _corrupt(folder, f"{MARK} was changed after it was saved")
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    for name in sorted(there ^ {*record.entries, MARK, CARD}):
-        raise _corrupt(folder, f"{name} is {'unknown' if name in there else 'missing'}")
-    if _sha((folder / CARD).read_bytes()) != record.card:
-        raise _corrupt(folder, f"{CARD} was changed after it was saved")
-    return record
 
 
 def query_text(prompt: Encoded) -> str:
@@ -257,14 +225,6 @@ def _sentence_encoder(name: str) -> tuple[Any, Any]:
 def _unit(rows: Tensor) -> Tensor:
     unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return unit
-
-
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _corrupt(folder: Path, found: str) -> VectorCorrupt:
-    return VectorCorrupt(f"the library saved in {folder}", found, "fit it again or fetch the original")
 
 
 @dataclass(frozen=True)

@@ -82,15 +82,18 @@ def paired_tests(run: "Run") -> list[Paired]:
 
 def _alike(run: "Run", a: str, b: str) -> tuple[Values, Values] | None:
     """Both methods' shares of right answers over the seeds that both have, item by item; None where a task has none."""
-    parts = list[list[Values]]()
-    for task in run.tasks:
-        one, two = (run.hits_by_seed(task, method) for method in (a, b))
-        seeds = [seed for seed in one if seed in two and one[seed].shape == two[seed].shape]
-        if not seeds:
-            return None
-        parts.append([np.mean([hits[seed] for seed in seeds], axis=0) for hits in (one, two)])
-    first, second = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-    return first, second
+    parts = [_shared_seeds(run.hits_by_seed(task, a), run.hits_by_seed(task, b)) for task in run.tasks]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    return np.concatenate([one for one, _ in found]), np.concatenate([two for _, two in found])
+
+
+def _shared_seeds(one: dict[int, Values], two: dict[int, Values]) -> tuple[Values, Values] | None:
+    """The means of both over their common seeds."""
+    seeds = [seed for seed in one if seed in two and one[seed].shape == two[seed].shape]
+    means = [np.mean([hits[seed] for seed in seeds], axis=0) for hits in (one, two)] if seeds else []
+    return (means[0], means[1]) if means else None
 
 
 def enough(pairs: int) -> int:

@@ -48,21 +48,28 @@ def accuracy(run: "Run") -> Table:
 def by_group(run: "Run") -> Table:
     """Mean accuracy over the tasks of each category, and over seen and unseen tasks; no rows where there is but one
     group."""
-    groups: dict[str, list[str]] = {}
-    for task, data in run.config["tasks"].items():
-        where = "" if "unseen" not in data else "unseen" if data["unseen"] else "seen"
-        names = dict.fromkeys((where, f"{where} {data.get('category') or 'other'}".strip()))
-        for name in filter(None, names):
-            groups.setdefault(name, []).append(task)
+    groups = _task_groups(run.config["tasks"])
     caption = "Mean accuracy over the tasks of a category, with a 95 % t interval by task (of one task: by item)."
     if len(groups) < 2:
         return Table("groups", caption, (), ())
-    rows = []
-    for method in run.scored:
-        hits = {name: [h for task in some if (h := run.hits(task, method)).size] for name, some in groups.items()}
-        rows.append((method, *(said(statistics.by_task(some)) if some else "failed" for some in hits.values())))
+    rows = [(method, *(_mean_over(run, method, some) for some in groups.values())) for method in run.scored]
     header = [f"{name} ({len(some)})" for name, some in groups.items()]
     return Table("groups", caption, ("method", *header), tuple(rows))
+
+
+def _mean_over(run: "Run", method: str, tasks: list[str]) -> str:
+    hits = [h for task in tasks if (h := run.hits(task, method)).size]
+    return said(statistics.by_task(hits)) if hits else "failed"
+
+
+def _task_groups(tasks: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Tasks by seen and unseen, and by category."""
+    groups: dict[str, list[str]] = {}
+    for task, data in tasks.items():
+        where = {None: "", True: "unseen", False: "seen"}[data.get("unseen")]
+        for name in filter(None, dict.fromkeys((where, f"{where} {data.get('category') or 'other'}".strip()))):
+            groups.setdefault(name, []).append(task)
+    return groups
 
 
 def _accuracy(run: "Run", task: str, method: str, hits: Values) -> str:

@@ -59,14 +59,19 @@ class Suite(BaseModel):
             format = chat("")
         options: dict[str, Any] = {"format": format, "shots": self.shots, "n_test": self.n_test}
         tasks = [load_task(name, instruct=self.instruct, **options) for name in (*self.tasks, *self.unseen)]
-        seen, unseen = tasks[: len(self.tasks)], tasks[len(self.tasks) :]
-        if both := {task.spec.data_hash: task.name for task in seen}.keys() & {task.spec.data_hash for task in unseen}:
-            found = f"{next(task.name for task in unseen if task.spec.data_hash in both)} in both"
-            raise InputError("a task in tasks or in unseen, not in both", found, "take it out of one")
-        names = [task.name for task in tasks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InputError("each task once in a suite", f"{', '.join(twice)} twice", "rename or remove one")
+        _check_apart(tasks[: len(self.tasks)], tasks[len(self.tasks) :])
         return tasks
+
+
+def _check_apart(seen: list[Task], unseen: list[Task]) -> None:
+    """Raise `InputError` where a task comes twice, or one data set is to be seen and unseen."""
+    known = {task.spec.data_hash for task in seen}
+    for task in unseen:
+        if task.spec.data_hash in known:
+            raise InputError("a task in tasks or in unseen, not in both", f"{task.name} in both", "take it out of one")
+    names = [task.name for task in (*seen, *unseen)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError("each task once in a suite", f"{', '.join(twice)} twice", "rename or remove one")
 
 
 @cache

@@ -42,13 +42,17 @@ class Sealed(BaseModel):
             raise cls.corrupt(folder, " ".join(str(error).splitlines()[:3])) from None
         if record.checksum != record._digest() or content != record._text().encode():
             raise cls.corrupt(folder, f"{cls.mark} was changed after it was saved")
-        there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        for name in sorted(there ^ {*record.entries, *record.files, cls.mark}):
-            raise cls.corrupt(folder, f"{name} is {'unknown' if name in there else 'missing'}")
-        for name, digest in record.files.items():
-            if not (folder / name).is_file() or sha((folder / name).read_bytes()) != digest:
-                raise cls.corrupt(folder, f"{name} was changed after it was saved")
+        record._check_files(folder)
         return record
+
+    def _check_files(self, folder: Path) -> None:
+        """Everything beside the JSON is what was saved, and there is nothing else."""
+        there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        for name in sorted(there ^ {*self.entries, *self.files, self.mark}):
+            raise self.corrupt(folder, f"{name} is {'unknown' if name in there else 'missing'}")
+        for name, digest in self.files.items():
+            if not (folder / name).is_file() or sha((folder / name).read_bytes()) != digest:
+                raise self.corrupt(folder, f"{name} was changed after it was saved")
 
     @classmethod
     def corrupt(cls, folder: Path, found: str) -> VectorCorrupt:
