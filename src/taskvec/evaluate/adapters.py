@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from taskvec.errors import InputError, MissingPackage
 from taskvec.evaluate.fitting import Fitting
 from taskvec.evaluate.joint import Joint
-from taskvec.evaluate.lessons import Lessons
+from taskvec.evaluate.lessons import Lessons, rows_of
 from taskvec.lm import LM, Encoded
 from taskvec.progress import track
 from taskvec.tasks import Split
@@ -181,7 +181,7 @@ def train_adapter(
 
 def _lessons(lm: LM, splits: Sequence[Split]) -> Lessons:
     """Whole prompts with gradients: nothing before an edited token may be kept, every weight's change reaches it."""
-    return Lessons.together(lm, splits, whole=True)
+    return Lessons.together(lm, rows_of(lm, splits), whole=True)
 
 
 def first_weights(weights: Mapping[str, nn.Parameter], init: float | None, generator: torch.Generator) -> None:

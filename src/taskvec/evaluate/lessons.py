@@ -47,16 +47,12 @@ class Lessons:
         return cls(engine, tuple(targets), lambda _, logits, answer: loss(logits, answer))
 
     @classmethod
-    def together(cls, lm: LM, splits: Sequence[Split], *, whole: bool) -> "Lessons":
-        """The bare prompts of several tasks' rows and their gold answers, each under its task's loss. `whole`: every
-        token of a prompt may be edited, not only its last."""
-        prompts, targets, losses = list[Encoded](), list[tuple[int, ...]](), list[Loss]()
-        for split in splits:
-            prompts += [lm.encode(split.spec.format.prompt(example.input)) for example in split.examples]
-            targets += encode_answers(lm, split)[0]
-            losses += [split.spec.loss] * len(split.examples)
+    def together(cls, lm: LM, rows: Sequence["Row"], *, whole: bool) -> "Lessons":
+        """Rows of several tasks, each under its task's loss. `whole`: every token of a prompt may be edited, not only
+        its last."""
+        prompts, losses = [row.prompt for row in rows], [row.loss for row in rows]
         engine = replay(lm, prompts, starts=[0] * len(prompts) if whole else None, keep=True)
-        return cls(engine, tuple(targets), lambda i, logits, answer: losses[i](logits, answer))
+        return cls(engine, tuple(row.target for row in rows), lambda i, logits, answer: losses[i](logits, answer))
 
     def descend(self, vectors: Sequence[TaskVector], picked: Sequence[int]) -> float:
         """Gradients of every vector's mean loss over the `picked` prompts, in one backward pass. Their losses add up:
@@ -98,6 +94,25 @@ class Lessons:
             prompts = [trials[n].prompt for n in numbers]
             answers = [torch.tensor(self.targets[i], device=device) for i in prompts]
             yield numbers, [self.loss(*item) for item in zip(prompts, logits, answers, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A bare prompt, its gold answer with the terminator, and its task's loss."""
+
+    prompt: Encoded
+    target: tuple[int, ...]
+    loss: Loss
+
+
+def rows_of(lm: LM, splits: Sequence[Split]) -> list[Row]:
+    """The rows of several tasks' splits, task by task."""
+    out = list[Row]()
+    for split in splits:
+        prompts = [lm.encode(split.spec.format.prompt(example.input)) for example in split.examples]
+        pairs = zip(prompts, encode_answers(lm, split)[0], strict=True)
+        out += [Row(prompt, gold, split.spec.loss) for prompt, gold in pairs]
+    return out
 
 
 @torch.no_grad()

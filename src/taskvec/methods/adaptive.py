@@ -39,10 +39,12 @@ from taskvec.errors import InputError
 from taskvec.evaluate import Fitting, Lessons, above_zero, at_least_one, never_negative
 from taskvec.evaluate.checkpoint import Checkpoint
 from taskvec.evaluate.expansion import AdaptiveVectors, Expansion
-from taskvec.evaluate.generator import Generator, Reads, Tunes, Tuning, generator_of, start_lora, tunable
+from taskvec.evaluate.generator import HEAD, Generator, Reads, Tunes, Tuning, generator_of, start_lora, tunable
 from taskvec.evaluate.joint import Joint
+from taskvec.evaluate.lessons import rows_of
 from taskvec.lm import LM, Encoded
 from taskvec.progress import note, track
+from taskvec.replay import Ask, Trial
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Split, Train
 from taskvec.vector import Add, Edit, ModelId, TaskVector, Where
@@ -111,8 +113,7 @@ class AdaptiveTaskVector:
         with Fitting.of(lm, replace(self, checkpoint=""), joint.trains[0], seed=seed) as fitting, lm.frozen():
             learned, looked = joint.rows(self.rows, seed=seed), joint.looks(self.n_dev)
             joint.count(fitting, learned, looked)
-            teach = _Class.of(self, lm, generator, learned)
-            look = _Class.of(self, lm, generator, looked)
+            teach, look = (_Batch.all(self, lm, generator, some, seed) for some in (learned, looked))
             writer = _Writer(self, lm, generator, teach, seed)
             found = _trained(self, writer, teach, look, self._resumed(fitting, generator, joint))
             origin = joint.origin(fitting, found)
@@ -148,30 +149,46 @@ class AdaptiveTaskVector:
 
 
 @dataclass(frozen=True, eq=False)
-class _Class:
-    """Rows of several tasks: what the generator reads, and the lessons of the model."""
+class _Batch:
+    """Some rows: what the generator reads, and the lessons of the model. Each batch has an engine of its own: its
+    prompts are short, and would pay for each other's attention in a larger one."""
 
     texts: list[Encoded]
     lessons: Lessons
-    prompts: list[Encoded]
 
     @classmethod
-    def of(cls, method: AdaptiveTaskVector, lm: LM, generator: Generator, splits: Sequence[Split]) -> "_Class":
-        lessons = Lessons.together(lm, splits, whole=method.where == "all")
-        prompts = list(lessons.engine.prompts)
-        return cls(generator.texts(lm, prompts), lessons, prompts)
+    def all(
+        cls, method: AdaptiveTaskVector, lm: LM, generator: Generator, splits: Sequence[Split], seed: int
+    ) -> "list[_Batch]":
+        """The rows of all tasks, shuffled, in batches."""
+        rows = rows_of(lm, splits)
+        random.Random(f"adaptive {seed}").shuffle(rows)
+        parts = [rows[i : i + method.batch] for i in range(0, len(rows), method.batch)]
+        lessons = [Lessons.together(lm, part, whole=method.where == "all") for part in parts]
+        return [cls(generator.texts(lm, one.engine.prompts), one) for one in lessons]
+
+    def states(self, generator: Generator) -> Float[Tensor, "n g"]:
+        """What the generator makes of the rows. Where it is the model itself, the engine holds the prompts already."""
+        engine = self.lessons.engine
+        if generator.lm is not engine.lm or generator.reads != "prompt":
+            return generator.states(self.texts)
+        found: Tensor = engine.answer([Trial(i) for i in range(len(self.texts))], Ask(states=(HEAD,))).states[HEAD]
+        return found.to(engine.lm.device)
 
 
 class _Writer:
     """What is trained: the expansion, and the generator's weights where they are. Shapes: g, k, S, d as there."""
 
-    def __init__(self, method: AdaptiveTaskVector, lm: LM, generator: Generator, teach: _Class, seed: int) -> None:
+    def __init__(
+        self, method: AdaptiveTaskVector, lm: LM, generator: Generator, teach: list[_Batch], seed: int
+    ) -> None:
         self.method, self.sites, self.seed = method, method.written(lm), seed
         self.generator, self.weights = _prepared(method, generator, seed)
         with torch.no_grad():
-            first = self.generator.states(teach.texts)
-        self.held = {id(teach): first} if method.tune == "nothing" else {}
-        self.centre, self.spread, self.scale = _units(method, lm, first, self.sites, teach.prompts)
+            self.held = {id(batch): batch.states(self.generator) for batch in teach}
+        first = torch.cat(list(self.held.values()))
+        prompts = teach[0].lessons.engine.prompts
+        self.centre, self.spread, self.scale = _units(method, lm, first, self.sites, prompts)
         width = lm.width(self.sites[0])
         self.theta = {
             name: tensor.to(lm.device).requires_grad_()
@@ -186,17 +203,18 @@ class _Writer:
             : 1 + bool(self.weights)
         ]
 
-    def rows(self, given: _Class, picked: Sequence[int]) -> Float[Tensor, "n S d"]:
-        """v(x) of some rows. Gradients flow where they are on."""
-        z = (self._states(given, picked) - self.centre) / self.spread
+    def rows(self, batch: _Batch) -> Float[Tensor, "n S d"]:
+        """v(x) of a batch. Gradients flow where they are on."""
+        z = (self._states(batch) - self.centre) / self.spread
         return Expansion(self.theta["write"], self.theta["bias"], self.theta.get("read"))(z) * self.scale[:, None]
 
-    def _states(self, given: _Class, picked: Sequence[int]) -> Float[Tensor, "n g"]:
+    def _states(self, batch: _Batch) -> Float[Tensor, "n g"]:
         if self.weights:
-            return self.generator.states([given.texts[i] for i in picked])
-        if id(given) not in self.held:
-            self.held[id(given)] = self.generator.states(given.texts)
-        return self.held[id(given)][list(picked)]
+            return self.generator.states(batch.texts)
+        if id(batch) not in self.held:
+            with torch.no_grad():
+                self.held[id(batch)] = batch.states(self.generator)
+        return self.held[id(batch)]
 
     def vectors(self, rows: Float[Tensor, "n S d"]) -> list[TaskVector]:
         """The rows as vectors."""
@@ -280,19 +298,18 @@ def _first(method: AdaptiveTaskVector, g: int, sites: int, d: int, seed: int) ->
 
 
 def _trained(
-    method: AdaptiveTaskVector, writer: _Writer, teach: _Class, look: _Class, checkpoint: Checkpoint
+    method: AdaptiveTaskVector, writer: _Writer, teach: list[_Batch], look: list[_Batch], checkpoint: Checkpoint
 ) -> dict[str, Any]:
     """Epoch by epoch; the writer keeps the best."""
     optimizer = torch.optim.Adam(writer.parameters(), weight_decay=method.weight_decay)
     done, best_loss, misses = checkpoint.load(writer, optimizer)
-    n = len(teach.texts)
     for epoch in track(range(done + 1, method.epochs + 1), "adaptive", method.epochs - done):
         if misses >= method.patience:
             break
-        order = list(range(n))
+        order = list(range(len(teach)))
         random.Random(f"adaptive {writer.seed} {epoch}").shuffle(order)
-        for start in range(0, n, method.batch):
-            loss = _step(writer, optimizer, teach, order[start : start + method.batch], first=(epoch, start) == (1, 0))
+        for place, number in enumerate(order):
+            loss = _step(writer, optimizer, teach[number], first=(epoch, place) == (1, 0))
             note(f"epoch {epoch}, loss {loss:.3f}, dev {best_loss:.3f}")
         dev_loss = _dev_loss(writer, look)
         misses += 1
@@ -306,14 +323,12 @@ def _trained(
     return {"epochs": done, "dev_loss": best_loss, "parameters": count}
 
 
-def _step(
-    writer: _Writer, optimizer: torch.optim.Optimizer, teach: _Class, picked: Sequence[int], *, first: bool
-) -> float:
+def _step(writer: _Writer, optimizer: torch.optim.Optimizer, batch: _Batch, *, first: bool) -> float:
     optimizer.zero_grad()
     with torch.enable_grad():
-        rows = writer.rows(teach, picked)
+        rows = writer.rows(batch)
         leaf = rows.detach().requires_grad_()  # a step may take several passes, but goes through the writer once
-        loss = teach.lessons.descend_each(writer.vectors(leaf), picked)
+        loss = batch.lessons.descend_each(writer.vectors(leaf), range(len(leaf)))
         if first:
             _check_gradient(leaf, writer.sites)
         rows.backward(leaf.grad)  # type: ignore[no-untyped-call]
@@ -332,7 +347,7 @@ def _check_gradient(leaf: Tensor, sites: Sequence[Site]) -> None:
 
 
 @torch.no_grad()
-def _dev_loss(writer: _Writer, look: _Class) -> float:
-    n = len(look.texts)
-    losses = look.lessons.losses(list(enumerate(writer.vectors(writer.rows(look, range(n))))))
-    return sum(losses) / n
+def _dev_loss(writer: _Writer, look: list[_Batch]) -> float:
+    written = [(batch, enumerate(writer.vectors(writer.rows(batch)))) for batch in look]
+    losses = [loss for batch, pairs in written for loss in batch.lessons.losses(list(pairs))]
+    return sum(losses) / len(losses)
