@@ -171,6 +171,17 @@ def transfers() -> str:
     return "\n" + "\n\n".join(out) + "\n"
 
 
+def adaptive_speed() -> str:
+    """What training an adaptive vector and asking with it took."""
+    found = read("speed_adaptive")
+    fit = f"{found['tasks']} tasks, {found['rows']} rows, {found['epochs']} epochs: {found['fit_s']:.0f} s"
+    ask = (
+        f"a query {found['query_ms']['injected']:.0f} ms beside {found['query_ms']['bare']:.0f} ms for the bare prompt"
+    )
+    share = f"{found['over_two_passes']:.2f} of two bare passes"
+    return f"\n{fit} of training with a frozen generator; {ask} ({share}); {found['peak_gib']:.1f} GiB at most.\n"
+
+
 def run_tables() -> str:
     """The benchmark run's own tables, without its title."""
     text = (RESULTS.parent / "benchmark" / "tables.md").read_text("utf-8")
