@@ -133,16 +133,20 @@ def _said(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
+def by_method(rows: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """(rows by method, the metrics that any of them has)."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    keys = ("accuracy", "first_token_accuracy", "label_accuracy", "d_ntp", "d_ntp_full")
+    return groups, [key for key in keys if any(row[key] is not None for row in rows)]
+
+
 def method_results() -> str:
     """Every method on every task measured: the mean of the seeds, and the lowest and highest seed."""
     out = []
     for path in sorted(RESULTS.glob("methods_*.json")):
-        rows = read(path.stem)["rows"]
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            groups.setdefault(row["method"], []).append(row)
-        keys = ("accuracy", "first_token_accuracy", "label_accuracy", "d_ntp", "d_ntp_full")
-        shown = [key for key in keys if any(row[key] is not None for row in rows)]
+        groups, shown = by_method(rows := read(path.stem)["rows"])
         body = [
             [method, *(seeds(some, key) for key in shown), *(cell(mean_of(some, key)) for key in COSTS)]
             for method, some in groups.items()
@@ -158,12 +162,7 @@ def transfers() -> str:
     """Both directions of transfer, a table a task."""
     out = []
     for path in sorted(RESULTS.glob("transfer_*.json")):
-        rows = read(path.stem)["rows"]
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            groups.setdefault(row["method"], []).append(row)
-        keys = ("accuracy", "first_token_accuracy", "label_accuracy", "d_ntp", "d_ntp_full")
-        shown = [key for key in keys if any(row[key] is not None for row in rows)]
+        groups, shown = by_method(read(path.stem)["rows"])
         body = [[method, *(seeds(some, key) for key in shown)] for method, some in groups.items()]
         _, way, task = path.stem.split("_", 2)
         pair = "Gemma-3-270m into SmolLM2-135M" if way == "down" else "SmolLM2-135M into Gemma-3-270m"

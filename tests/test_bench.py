@@ -525,6 +525,52 @@ def test_jobs_give_the_rows_of_one(grid: Grid, whole: Path, tmp_path: Path, monk
     assert plain_cells(path) == plain_cells(whole)
 
 
+def test_where_one_group_cannot_be_written_what_is_not_begun_is_not_begun(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: groups wait in line behind the first, and none of them is run."""
+    grid = Grid.of(lm(), one_task(suite), [], range(6))
+    begun = list[int]()
+
+    def full(name: str, seed: int) -> None:
+        begun.append(seed)
+        time.sleep(0.2)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(runs, "_work", full)
+    with pytest.raises(OSError, match="no space left"):
+        go(grid, tmp_path / "run", jobs=2, load=partial(LM.load, "tiny"))
+    assert len(begun) < 6
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    """The parent is killed without a word; its worker, which waits for nothing else, must go."""
+    code = (
+        "from multiprocessing import get_context\n"
+        "from taskvec.bench.run import _end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    child = get_context('spawn').Process(target=_end_with_parent)\n"
+        "    child.start()\n"
+        "    print(child.pid, flush=True)\n"
+        "    child.join()\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = Path(f"/proc/{parent.stdout.readline().strip()}/stat")
+    if not worker.parent.parent.joinpath("self").exists():
+        pytest.skip("no /proc to see processes in")
+    assert worker.exists()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(600):
+        if not worker.exists() or worker.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker lives on")
+
+
 def test_jobs_are_checked(grid: Grid, whole: Path, tmp_path: Path) -> None:
     folder = RunFolder(part_of(whole, tmp_path / "run", [*grid.cells(grid.tasks[0], 0), *grid.cells(grid.tasks[1], 0)]))
     with pytest.raises(InputError, match="at least one job; found --jobs 0"):

@@ -10,7 +10,6 @@ vectors/FIT/           what was fitted, where it can be saved
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from filelock import FileLock, Timeout
 from taskvec import methods as registry
 from taskvec.bench.grid import Cell, Grid
 from taskvec.errors import InputError
+from taskvec.files import replaced
 from taskvec.results import Results, Row
 from taskvec.vector import TaskVector, VectorSource
 
@@ -105,7 +105,7 @@ class RunFolder:
         write(self._cell(cell), json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
 
     def _write_examples(self, cell: Cell, results: Results) -> None:
-        with _replaced(self.path / "cells" / f"{cell.key}.parquet") as new:
+        with replaced(self.path / "cells" / f"{cell.key}.parquet") as new:
             results.write_examples(new)
 
     def forget(self, cell: Cell) -> None:
@@ -133,17 +133,8 @@ class RunFolder:
 
 def write(path: Path, text: str) -> None:
     """Write a text file in one step."""
-    with _replaced(path) as new:
+    with replaced(path) as new:
         new.write_text(text, "utf-8")
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A new file to write, which takes the place of `path` when it is complete."""
-    with tempfile.TemporaryDirectory(prefix=".new.", dir=path.parent) as folder:
-        new = Path(folder) / path.name
-        yield new
-        os.replace(new, path)
 
 
 def _same(wanted: dict[str, Any], found: Any, path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import codecs
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from taskvec import methods as registry
 from taskvec.cli import show
 from taskvec.errors import DataError, InputError, UnknownName
+from taskvec.files import replaced
 from taskvec.progress import shown, track
 from taskvec.prompts import TEMPLATES, PromptFormat
 from taskvec.tasks import Task, load_task
@@ -265,12 +264,5 @@ def _read_inputs(path: Path) -> list[str]:
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with replaced(path) as new:
+        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

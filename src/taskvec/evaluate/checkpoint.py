@@ -1,8 +1,6 @@
 """A checkpoint: after a kill training goes on from it with the same bits. One safetensors file, written in one step."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from taskvec.errors import InputError
+from taskvec.files import replaced
 
 Place = tuple[int, float, int]
 """(epoch, best dev loss, epochs without a better one)."""
@@ -51,14 +50,8 @@ class Checkpoint:
             tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
         plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         content = save_tensors(plain, {"key": self.key, "place": json.dumps(place)})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(name, self.path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with replaced(self.path) as new:
+            new.write_bytes(content)
 
     def load(self, trained: Trained, optimizer: torch.optim.Optimizer) -> Place:
         """Put everything back as it was saved. Raises `InputError` for a checkpoint of another fit."""

@@ -4,6 +4,7 @@ what is written whatever the query. Shapes: n tokens, w width."""
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -68,25 +69,33 @@ class RandomLike:
 
 
 @dataclass(frozen=True, eq=False)
-class ShuffledPairing:
+class _Rewritten:
+    """A vector source whose vectors are another's, in other places: its sites, and its name with `suffix` behind."""
+
+    suffix: ClassVar[str]
+    original: VectorSource
+
+    @property
+    def origin(self) -> Origin | None:
+        """The original's, under the control's name."""
+        return _renamed(self.original.origin, self.suffix)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The original's."""
+        return self.original.sites
+
+
+@dataclass(frozen=True, eq=False)
+class ShuffledPairing(_Rewritten):
     """A vector source whose vectors go to other prompts: does it matter which query a vector was written for?
 
     Among the prompts given together, each gets the vector of the next one in an order drawn from the seed; a prompt
     alone keeps its own.
     """
 
-    original: VectorSource
+    suffix: ClassVar[str] = SHUFFLED
     seed: int
-
-    @property
-    def origin(self) -> Origin | None:
-        """The original's, under its method's name with `-shuffled`."""
-        return _renamed(self.original.origin, SHUFFLED)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """The original's."""
-        return self.original.sites
 
     def vectors(self, lm: LM, prompts: Sequence[Encoded]) -> list[TaskVector | None]:
         """The original's vectors, each for another prompt."""
@@ -97,29 +106,18 @@ class ShuffledPairing:
 
 
 @dataclass(frozen=True, eq=False)
-class OtherTask:
+class OtherTask(_Rewritten):
     """A vector source whose vectors were written for prompts of another task: does it matter which task they are for?
 
     Prompt i gets the vector of the other task's prompt i, in its order, again from the start where it has fewer.
     """
 
-    original: VectorSource
+    suffix: ClassVar[str] = OTHER_TASK
     others: Sequence[Encoded]
-
-    @property
-    def origin(self) -> Origin | None:
-        """The original's, under its method's name with `-other-task`."""
-        return _renamed(self.original.origin, OTHER_TASK)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """The original's."""
-        return self.original.sites
 
     def vectors(self, lm: LM, prompts: Sequence[Encoded]) -> list[TaskVector | None]:
         """The original's vectors for the other task's prompts."""
-        written = self.original.vectors(lm, [self.others[i % len(self.others)] for i in range(len(prompts))])
-        return list(written)
+        return self.original.vectors(lm, [self.others[i % len(self.others)] for i in range(len(prompts))])
 
 
 MEAN_OVER = 64

@@ -47,11 +47,6 @@ class Expansion:
         rows: Tensor = torch.einsum("sdk,nk->nsd", self.write, inputs) + self.bias
         return rows
 
-    @property
-    def width(self) -> int:
-        """g."""
-        return (self.write if self.read is None else self.read).shape[-1]
-
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
         some = {"write": self.write, "bias": self.bias, "read": self.read}

@@ -47,9 +47,9 @@ class Generator:
     reads: Reads = "prompt"
 
     @property
-    def width(self) -> int:
-        """g."""
-        return self.lm.width(HEAD)
+    def model(self) -> ModelId:
+        """How a saved source names it."""
+        return ModelId(id=self.lm.id, revision=self.lm.revision, fingerprint=self.lm.fingerprint)
 
     def texts(self, target: LM, prompts: Sequence[Encoded]) -> list[Encoded]:
         """What it reads of each prompt of `target`, without an answer that is forced behind it. Raises

@@ -42,12 +42,13 @@ from taskvec.evaluate.expansion import AdaptiveVectors, Expansion
 from taskvec.evaluate.generator import HEAD, Generator, Reads, Tunes, Tuning, generator_of, start_lora, tunable
 from taskvec.evaluate.joint import Joint
 from taskvec.evaluate.lessons import rows_of
+from taskvec.evaluate.shared import states_of
 from taskvec.lm import LM, Encoded
 from taskvec.progress import note, track
 from taskvec.replay import Ask, Trial
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Split, Train
-from taskvec.vector import Add, Edit, ModelId, TaskVector, Where
+from taskvec.vector import Add, Edit, TaskVector, Where
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,10 @@ class AdaptiveTaskVector:
             writer = _Writer(self, lm, generator, teach, seed)
             found = _trained(self, writer, teach, look, self._resumed(fitting, generator, joint))
             origin = joint.origin(fitting, found)
-        made = ModelId(id=generator.lm.id, revision=generator.lm.revision, fingerprint=generator.lm.fingerprint)
-        where = Where.parse(self.where)
+        where, made = Where.parse(self.where), generator.model
         expansion, tuning = writer.folded(), writer.tuning()
         out = AdaptiveVectors(expansion, writer.sites, where, self.strength, made, self.reads, origin, tuning)
-        return out.use(writer.generator) if writer.generator.lm is not lm else out
+        return out.use(writer.generator)
 
     def _check(self, lm: LM) -> None:
         at_least_one(self, "rows", "epochs", "batch", "patience", "n_dev", "lora_rank")
@@ -198,10 +198,8 @@ class _Writer:
 
     def parameters(self) -> list[dict[str, Any]]:
         """Groups for the optimiser."""
-        groups = [{"params": list(self.theta.values()), "lr": self.method.lr}]
-        return [*groups, {"params": list(self.weights.values()), "lr": self.method.generator_lr}][
-            : 1 + bool(self.weights)
-        ]
+        rates = ((self.theta, self.method.lr), (self.weights, self.method.generator_lr))
+        return [{"params": list(some.values()), "lr": lr} for some, lr in rates if some]
 
     def rows(self, batch: _Batch) -> Float[Tensor, "n S d"]:
         """v(x) of a batch. Gradients flow where they are on."""
@@ -273,8 +271,6 @@ def _units(
     """(the centre of the states, their mean distance from it, each site's rms): 0 and 1 where units are raw."""
     if method.units == "raw":
         return torch.zeros_like(states[0]), torch.ones((), device=states.device), states.new_ones(len(sites))
-    from taskvec.evaluate.shared import states_of
-
     centre = states.mean(0)
     spread = (states - centre).norm(dim=1).mean().clamp_min(1e-6)
     clean, _ = states_of(lm, prompts[: method.batch], sites)

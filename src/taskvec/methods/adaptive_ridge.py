@@ -33,11 +33,10 @@ from taskvec.evaluate import Fitting, at_least_one, changed_by_context, reaching
 from taskvec.evaluate.expansion import AdaptiveVectors, Expansion
 from taskvec.evaluate.generator import Reads, generator_of
 from taskvec.evaluate.joint import Joint
-from taskvec.evaluate.ridge import RIDGES, degrees_of_freedom, leave_one_out, ridge_dual
+from taskvec.evaluate.ridge import Solved, check_ridge, solve
 from taskvec.lm import LM, Encoded
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
-from taskvec.vector import ModelId
 
 
 @dataclass(frozen=True)
@@ -83,16 +82,15 @@ class AdaptiveRidge:
                 fitting.read |= {f"{one.spec.data_hash} {demo.input}" for demo in one.demonstrations(seed=seed)}
             with torch.no_grad():
                 z = generator.states(generator.texts(lm, prompts)).double().cpu()
-            expansion, found = self._solved(z, torch.cat(parts))
-            origin = joint.origin(fitting, found)
-        made = ModelId(id=generator.lm.id, revision=generator.lm.revision, fingerprint=generator.lm.fingerprint)
-        out = AdaptiveVectors(expansion, sites, where, 1.0, made, self.reads, origin)
-        return out.use(generator) if generator.lm is not lm else out
+            y = torch.cat(parts)
+            solved = solve(z, y.flatten(1), self.ridge, intercept=self.intercept)
+            origin = joint.origin(fitting, solved.found)
+        expansion = _expansion(solved, (y.shape[1], y.shape[2]))
+        return AdaptiveVectors(expansion, sites, where, 1.0, generator.model, self.reads, origin).use(generator)
 
     def _check(self, lm: LM) -> tuple[Site, ...]:
         at_least_one(self, "queries")
-        if self.ridge != "loo" and not 0 < self.ridge < float("inf"):
-            raise InputError("a finite ridge above 0, or loo", f"adaptive-ridge.ridge = {self.ridge}", "mend it")
+        check_ridge("adaptive-ridge.ridge", self.ridge)
         sites = tuple(map(Site.parse, self.at))
         if not sites or len(set(sites)) < len(sites) or len({lm.width(site) for site in sites}) > 1:
             raise InputError("one site or several of one width, each once", f"{self.at}", "mend adaptive-ridge.at")
@@ -100,24 +98,13 @@ class AdaptiveRidge:
             changed_by_context(lm, site)
         return sites
 
-    def _solved(self, z: Float[Tensor, "N g"], y: Float[Tensor, "N S d"]) -> tuple[Expansion, dict[str, float]]:
-        """The expansion, and what it took: as factors where there are fewer queries than states are wide."""
-        flat = y.flatten(1)
-        centre, shift = (part.mean(0) * self.intercept for part in (z, flat))
-        x, target = z - centre, flat - shift
-        scale = float(z.square().sum(1).mean())
-        ridge = self.ridge
-        if ridge == "loo":
-            ridges = [r * scale for r in RIDGES]
-            errors = leave_one_out(x, target, ridges, intercept=self.intercept)
-            ridge = ridges[errors.index(min(errors))]
-        dual = ridge_dual(x, target, ridge)
-        found = {"ridge": ridge, "degrees_of_freedom": degrees_of_freedom(x, ridge), "ridge_over_norm": ridge / scale}
-        bias = (shift - (centre @ x.T) @ dual).reshape(y.shape[1:]).float()
-        write = dual.T.reshape(*y.shape[1:], len(z))
-        if len(z) < z.shape[1]:
-            return Expansion(write.float().contiguous(), bias, x.float().contiguous()), found
-        return Expansion((write @ x).float().contiguous(), bias), found
+
+def _expansion(solved: Solved, shape: tuple[int, int]) -> Expansion:
+    """The map as an expansion to (S, d): as factors where there are fewer queries than states are wide."""
+    bias, write = solved.bias.reshape(shape).float(), solved.write.T.reshape(*shape, len(solved.read))
+    if len(solved.read) < solved.read.shape[1]:
+        return Expansion(write.float().contiguous(), bias, solved.read.float().contiguous())
+    return Expansion((write @ solved.read).float().contiguous(), bias)
 
 
 def _of_task(

@@ -35,7 +35,7 @@ from torch import Tensor
 from taskvec.errors import InputError
 from taskvec.evaluate import Fitting, at_least_one, changed_by_context, need_labels, reaching, single
 from taskvec.evaluate.observe import first_tokens
-from taskvec.evaluate.ridge import RIDGES, degrees_of_freedom, leave_one_out, ridge_dual
+from taskvec.evaluate.ridge import check_ridge, solve
 from taskvec.lm import LM
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
@@ -111,35 +111,19 @@ class LinearTaskVector:
             y = fitting.states(queries, [site], shown=fitting.demos)[site].double() - h.double()
             if self.pairing == "shuffled":
                 y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
-            op, found = self._solved(h, y)
+            solved = solve(h, y, self.ridge, intercept=self.intercept)
+            bias = solved.bias.float() if self.intercept else None
+            op = Affine(solved.read.float(), solved.write.float(), bias)
             if self.labels_only:
                 op = seen_by_labels(op, label_rows(lm, train))
-            return TaskVector((Edit(site, op, where),), fitting.origin(found=found))
+            return TaskVector((Edit(site, op, where),), fitting.origin(found=solved.found))
 
     def _check(self, lm: LM, train: Train) -> None:
         at_least_one(self, "queries")
-        if self.ridge != "loo" and not 0 < self.ridge < float("inf"):
-            raise InputError("a finite ridge above 0, or loo", f"linear.ridge = {self.ridge}", "mend it")
+        check_ridge("linear.ridge", self.ridge)
         changed_by_context(lm, Site.parse(self.site))
         if self.labels_only:
             need_labels(train.spec, "linear.labels_only")
             if self.site != "lm_head_in":
                 raise InputError("site = lm_head_in, for labels_only", self.site, "change one of the two")
             _check_rank(label_rows(lm, train).double())
-
-    def _solved(self, h: Float[Tensor, "N d"], y: Float[Tensor, "N d"]) -> tuple[Affine, dict[str, float]]:
-        """The map, and what it took."""
-        centre, shift = h.double().mean(0), y.mean(0)
-        x, target = (h.double() - centre, y - shift) if self.intercept else (h.double(), y)
-        scale = float(h.double().square().sum(1).mean())
-        ridge = self.ridge
-        if ridge == "loo":
-            ridges = [r * scale for r in RIDGES]
-            errors = leave_one_out(x, target, ridges, intercept=self.intercept)
-            ridge = ridges[errors.index(min(errors))]
-        found = {"ridge": ridge, "degrees_of_freedom": degrees_of_freedom(x, ridge), "ridge_over_norm": ridge / scale}
-        write = ridge_dual(x, target, ridge)
-        if not self.intercept:
-            return Affine(read=h, write=write.float()), found
-        bias = shift - (centre @ x.T) @ write
-        return Affine(read=x.float(), write=write.float(), bias=bias.float()), found

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 CACHED = "-cached"
 LAYERED = ("mean-difference", "hendel", "function-vector")
 """Methods whose `dev_accuracy` has one place a layer; mean-difference has one more, for the head's input."""
-MANY = 24
-"""Longer names are cut beside an axis; hovering shows them whole."""
+MANY = 24  # longer names are cut beside an axis; hovering shows them whole
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ _OTHERS = [Mark(c, s) for s in ("circle", "x", "square", "bowtie") for c in (VIO
 
 
 def marks(methods: list[str]) -> dict[str, Mark]:
-    """A mark for each method. Known methods keep theirs on every page; a control made of a method has its colour and an
-    open symbol."""
+    """A mark for each method, the known ones' own on every page; a control has its method's colour, and is open."""
     spare, out = count(), dict[str, Mark]()
     for method in methods:
         end = next((end for end in (*CONTROL_SUFFIXES, CACHED) if method.endswith(end)), "")

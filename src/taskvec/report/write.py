@@ -1,9 +1,9 @@
 """Writing what a run says beside its cells: results, tables, and the report."""
 
 import json
-import os
 from pathlib import Path
 
+from taskvec.files import replaced
 from taskvec.report.page import page
 from taskvec.report.read import Run
 from taskvec.report.tables import latex_tables, markdown_tables
@@ -26,14 +26,12 @@ def write_tables(run: Run) -> list[Path]:
         "tables.tex": latex_tables(run),
     }
     written = [_written(run.path / name, text) for name, text in texts.items()]
-    new = run.path / ".new.results.parquet"
-    run.examples.write_parquet(new)
-    os.replace(new, run.path / "results.parquet")
+    with replaced(run.path / "results.parquet") as new:
+        run.examples.write_parquet(new)
     return [*written, run.path / "results.parquet"]
 
 
 def _written(path: Path, text: str) -> Path:
-    new = path.with_name(f".new.{path.name}")
-    new.write_text(text, "utf-8")
-    os.replace(new, path)
+    with replaced(path) as new:
+        new.write_text(text, "utf-8")
     return path
