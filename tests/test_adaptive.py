@@ -24,6 +24,7 @@ from taskvec.evaluate.checkpoint import Checkpoint
 from taskvec.evaluate.controls import source_controls
 from taskvec.evaluate.expansion import MARK, AdaptiveVectors, Expansion
 from taskvec.evaluate.generator import Generator, Tuning
+from taskvec.evaluate.shared import shared_work
 from taskvec.hooks import inject
 from taskvec.lm import LM, Encoded
 from taskvec.methods.adaptive import AdaptiveTaskVector
@@ -259,6 +260,19 @@ def test_states_do_not_depend_on_the_batch() -> None:
         together = Generator(lm()).states(prompts())
         alone = torch.cat([Generator(lm()).states([p]) for p in prompts()])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_states_are_read_once_in_a_bench_and_charged_each_time() -> None:
+    model, alone = tiny.tiny_lm("llama"), Generator(lm()).states(prompts())
+    with shared_work(model) as shared:
+        found = [Generator(model).states(prompts(model)) for _ in range(2)]
+        assert shared.saved == sum(len(p.ids) for p in prompts(model))
+        with torch.enable_grad():  # a copy that is trained: never from memory
+            assert torch.equal(Generator(model).states(prompts(model)), alone)
+        assert shared.saved == sum(len(p.ids) for p in prompts(model))
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_without_text_are_refused() -> None:

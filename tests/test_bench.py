@@ -1090,8 +1090,8 @@ def test_a_suites_queries_reach_the_methods_that_take_them_and_give_way_to_a_set
     methods = bench_methods(names, {}, queries)
     made = {v.name: v.method for v in Grid.of(lm(), load_suite(suite), methods, [0]).variants}
     assert made["linear"] == made["linear-shuffled"] == LinearTaskVector(queries=8)
-    assert made["function-vector"] == FunctionVector(prompts=8, shared=True, trials=10)
-    assert made["learned"] == LearnedTaskVector(queries=64)
+    assert made["function-vector"] == FunctionVector(prompts=8, shared=True, trials=5)
+    assert made["learned"] == LearnedTaskVector(queries=64, steps=72)
     assert made["hendel"] == HendelTaskVector()
     assert made["mean-difference"] == MeanDifference(queries=8)
     set_ = {"linear": {"queries": "256"}, "mean-difference": {"queries": "7"}}  # 256 is linear's own default
@@ -1104,12 +1104,12 @@ def test_a_suites_queries_reach_the_methods_that_take_them_and_give_way_to_a_set
 def test_the_methods_of_a_benchmark() -> None:
     asked = bench_methods(None, {})
     assert [method.name for method in asked] == ["hendel", "function-vector", "linear", "learned"]
-    assert asked[1] == FunctionVector(shared=True, trials=10)
-    assert asked[3] == LearnedTaskVector(queries=64)
+    assert asked[1] == FunctionVector(shared=True, trials=5)
+    assert asked[3] == LearnedTaskVector(queries=64, steps=72)
     set_ = bench_methods(
         ["learned", "random", "learned"], {"learned": {"queries": "5"}, "mean-difference": {"site": "resid[1]"}}
     )
-    assert set_ == [LearnedTaskVector(queries=5), MeanDifference(site="resid[1]")]
+    assert set_ == [LearnedTaskVector(queries=5, steps=72), MeanDifference(site="resid[1]")]
     with pytest.raises(InputError, match="--set for a method that runs; found 'linear'; add --method linear"):
         bench_methods(["learned"], {"linear": {"queries": "5"}})
     with pytest.raises(InputError, match="--set for a method that runs; found 'random'"):

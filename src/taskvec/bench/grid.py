@@ -18,8 +18,8 @@ from taskvec.tasks.suite import Suite
 
 METHODS = ("hendel", "function-vector", "linear", "learned")
 PRESET: dict[str, dict[str, str]] = {
-    "function-vector": {"shared": "true", "trials": "10"},
-    "learned": {"queries": "64"},
+    "function-vector": {"shared": "true", "trials": "5"},
+    "learned": {"queries": "64", "steps": "72"},
 }
 """What a benchmark sets where nobody says otherwise: fits of about a minute, on work that methods share."""
 UNLABELLED = {"linear": "queries", "mean-difference": "queries", "function-vector": "prompts"}

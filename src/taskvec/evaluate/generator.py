@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from taskvec.errors import InputError, PromptTooLong, VectorMismatch
 from taskvec.evaluate.adapters import first_weights, peft, wrapped
+from taskvec.evaluate.shared import states_of
 from taskvec.hooks import capture
 from taskvec.lm import LM, Encoded
 from taskvec.sites import Site
@@ -69,7 +70,9 @@ class Generator:
         return self.lm.encode(text)
 
     def states(self, texts: Sequence[Encoded]) -> Float[Tensor, "n g"]:
-        """z of each text, in batches. Gradients flow where they are on."""
+        """z of each text, in batches. Gradients flow where they are on; else a bench's cells share them."""
+        if "shared" in self.lm.proofs and not torch.is_grad_enabled():
+            return states_of(self.lm, texts, (HEAD,))[0][HEAD].to(self.lm.device)
         parts = [self._states(texts[i : i + ROWS]) for i in range(0, len(texts), ROWS)]
         return torch.cat(parts)
 
