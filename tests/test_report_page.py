@@ -463,7 +463,7 @@ def test_marks_are_fixed_and_told_apart() -> None:
 
 def _themes() -> list[dict[str, str]]:
     """The light and the dark colours by name."""
-    source = files("taskvec.report").joinpath("report.html.j2").read_text("utf-8")
+    source = files("taskvec.report").joinpath("base.html.j2").read_text("utf-8")
     dark = source[source.index("{% set dark %}") :].split("{% endset %}")[0]
     light = source[source.index(":root {") :].split("}")[0]
     return [dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in (light, dark)]

@@ -142,6 +142,42 @@ def transfer(
     run.transfer_task(data, prompts, models, options, as_json=json)
 
 
+regress = typer.Typer(no_args_is_help=True, help="Functions learned in context, and what vectors carry of them.")
+app.add_typer(regress, name="regress")
+
+
+@regress.command("train")
+def regress_train(
+    config: Annotated[str, typer.Argument(help="A learner's YAML file, or a built-in one, e.g. linear-d3.")],
+    out: Annotated[Path, typer.Option("--out", help="The learner's folder.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a transformer to learn functions in context, and draw its error by the number of examples."""
+    from taskvec.cli import regress as run
+
+    run.train(config, out, resume=resume, as_json=json)
+
+
+@regress.command("bench")
+def regress_bench(
+    out: Annotated[Path, typer.Option("--out", help="The run's folder; what it holds is not measured again.")],
+    learner: Annotated[
+        list[str] | None, typer.Option("--learner", help="A folder, or a shipped learner; repeatable; default: those.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="A language model that is asked for functions of numbers as text.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="How many seeds: 0, 1, ...")] = 3,
+    functions: Annotated[int, typer.Option("--functions", help="Functions in the test.")] = 64,
+    json: Json = False,
+) -> None:
+    """Measure what vectors carry of a function: length generalisation, shifts, task fidelity; tables and a report."""
+    from taskvec.cli import regress as run
+
+    run.bench(learner, text, out, seeds, functions, as_json=json)
+
+
 @app.command()
 def generate(
     vector: Annotated[Path, typer.Argument(help="The vector folder.")],

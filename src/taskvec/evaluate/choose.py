@@ -29,10 +29,19 @@ class Choice:
     logprob: tuple[float, ...]
 
 
+def goodness(lm: LM, logits: Tensor, gold: float) -> Tensor:
+    """What a method wants to rise at the last prompt token: the probability of the gold token `gold`; of a function
+    learner, whose gold is a number, minus the squared error of its prediction."""
+    if lm.answers_numbers:
+        return -(logits[0] - gold).square()
+    return logits.softmax(-1)[int(gold)]
+
+
 def choose(lm: LM, dev: Dev, candidates: Sequence[TaskVector], *, limit: int | None = None) -> Choice:
     """The candidate with the highest accuracy on the first `limit` dev items; ties by log-probability, then by order.
 
-    Label accuracy where the task has labels, else exact greedy answers. The prompts are run once; each candidate then
+    Label accuracy where the task has labels, else exact greedy answers. Of a function learner, whose answers are never
+    exact: the smallest squared error (`logprob` is minus that). The prompts are run once; each candidate then
     costs its edited tokens and its answers.
     """
     dev = replace(dev, examples=dev.examples[:limit])
@@ -66,13 +75,16 @@ def _ask(lm: LM, dev: Dev, trials: Sequence[Trial]) -> Ask:
         return ends in text or not dev.examples[trials[trial].prompt].output.startswith(begun)
 
     def gold_logprob(trial: int, logits: Tensor) -> Tensor:
-        return logits.log_softmax(-1)[golds[trials[trial].prompt][0]]
+        gold = golds[trials[trial].prompt][0]
+        return goodness(lm, logits, gold) if lm.answers_numbers else logits.log_softmax(-1)[gold]
 
-    return Ask(keep=gold_logprob, labels=labels, max_new=0 if labels else longest, done=settled)
+    return Ask(keep=gold_logprob, labels=labels, max_new=0 if labels or lm.answers_numbers else longest, done=settled)
 
 
 def _hits(lm: LM, dev: Dev, trials: Sequence[Trial], answers: Answers) -> list[bool]:
     labels, cut = dev.spec.labels, dev.spec.format.cut
+    if lm.answers_numbers:
+        return [False] * len(trials)
     if labels:
         got = [labels[int(i)] for i in answers.label_logprobs.argmax(-1)]
     else:

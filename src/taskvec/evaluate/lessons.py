@@ -18,7 +18,8 @@ from taskvec.tasks import Split
 from taskvec.tasks.task import Loss
 from taskvec.vector import TaskVector
 
-Targets = Sequence[tuple[int, ...]]
+Targets = Sequence[tuple[float, ...]]
+"""Tokens, or the one number a function learner answers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class Lessons:
         return total
 
     def _losses(self, pairs: Sequence[tuple[int, TaskVector]]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        trials = [Trial(i, vector, self.targets[i][:-1]) for i, vector in pairs]
+        trials = [Trial(i, vector, tuple(map(int, self.targets[i][:-1]))) for i, vector in pairs]
         for numbers, logits in self.engine.batches(trials):
             device = self.engine.lm.device
             prompts = [trials[n].prompt for n in numbers]

@@ -58,6 +58,9 @@ def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
 
     Raises `VectorMismatch` for a vector of another model or another template.
     """
+    if lm.answers_numbers:
+        wanted, fix = "a language model, whose answers are text", "measure function learners with taskvec.regress"
+        raise InputError(wanted, f"{lm.id}, which answers numbers", fix)
     origin = condition.origin if condition is not None else None
     check_template(split.spec, origin)
     _check_unseen(split, origin)

@@ -53,8 +53,11 @@ class LM:
 
     `model` is any transformers causal LM, already loaded (quantised, sharded and PEFT-wrapped ones too); `tokenizer`
     may be None where prompts carry embeddings. The model is put into evaluation mode; nothing else about it is changed.
-    `proofs` keeps what was proved about it at first use (see `hooks.prove` and `replay.packs`).
+    `proofs` keeps what was proved about it at first use (see `hooks.prove` and `replay.packs`). `answers_numbers` is
+    True where an answer is one number, the model's only output (a function learner), not tokens.
     """
+
+    answers_numbers = False
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from taskvec.errors import InputError
 from taskvec.evaluate import Fitting, at_least_one, pick, reaching, single
+from taskvec.evaluate.choose import goodness
 from taskvec.evaluate.drawing import (
     draw,
     encode_drawn,
@@ -53,21 +54,26 @@ Head = tuple[int, int]
 
 
 def indirect_effects(
-    lm: LM, prompts: Sequence[Encoded], golds: Sequence[int], means: Float[Tensor, "L J w"], heads: Sequence[Head]
+    lm: LM, prompts: Sequence[Encoded], golds: Sequence[float], means: Float[Tensor, "*n L J w"], heads: Sequence[Head]
 ) -> Float[Tensor, "n k"]:
-    """p(gold) with one head's last-token output replaced by its mean, minus p(gold) without: per prompt and head."""
-    patches = [TaskVector((Edit(Site("heads", *head), Replace(means[head])),)) for head in heads]
-    trials = [Trial(i, patch) for i in range(len(prompts)) for patch in (None, *patches)]
+    """p(gold) with one head's last-token output replaced by its mean, minus p(gold) without: per prompt and head. Means
+    are the same for all prompts, or each prompt's own. Of a function learner: what the squared error falls by."""
+    own = means if means.dim() == 4 else means.expand(len(prompts), *means.shape)
+    trials = [
+        Trial(i, patch)
+        for i, mine in enumerate(own)
+        for patch in (None, *(TaskVector((Edit(Site("heads", *head), Replace(mine[head])),)) for head in heads))
+    ]
 
-    def gold_probability(trial: int, logits: Tensor) -> Tensor:
-        return logits.softmax(-1)[golds[trials[trial].prompt]]
+    def keep(trial: int, logits: Tensor) -> Tensor:
+        return goodness(lm, logits, golds[trials[trial].prompt])
 
-    kept = replay(lm, prompts).answer(trials, Ask(keep=gold_probability)).kept.reshape(len(prompts), -1)
+    kept = replay(lm, prompts).answer(trials, Ask(keep=keep)).kept.reshape(len(prompts), -1)
     return kept[:, 1:] - kept[:, :1]
 
 
 def attributions(
-    lm: LM, prompts: Sequence[Encoded], golds: Sequence[int], means: Float[Tensor, "L J w"]
+    lm: LM, prompts: Sequence[Encoded], golds: Sequence[float], means: Float[Tensor, "L J w"]
 ) -> Float[Tensor, "n L J"]:
     """The same to first order, for all heads from one backward pass a prompt: grad of p(gold) by the head's output,
     times (mean - output)."""
@@ -78,8 +84,8 @@ def attributions(
     trials = [Trial(i, _nudged(sites, row)) for i, row in enumerate(nudges)]
     with lm.frozen(), torch.enable_grad():
         for numbers, logits in engine.batches(trials):
-            total = torch.stack([out[-1].float().softmax(-1)[golds[i]] for i, out in zip(numbers, logits, strict=True)])
-            total.sum().backward()  # type: ignore[no-untyped-call]
+            total = [goodness(lm, out[-1].float(), golds[i]) for i, out in zip(numbers, logits, strict=True)]
+            torch.stack(total).sum().backward()  # type: ignore[no-untyped-call]
     gradients = torch.stack([nudge.grad for nudge in nudges if nudge.grad is not None])
     away = means.flatten(1)[None] - torch.stack([states[site] for site in sites], dim=1)
     return (gradients * away).reshape(len(prompts), *means.shape).sum(-1)

@@ -32,14 +32,23 @@ LONG = 12
 
 def page(run: "Run") -> str:
     """The page. Raises `MissingPackage` where plotly or jinja2 is not installed."""
-    jinja2, plotly = _package("jinja2"), _package("plotly.offline")
-    source = files("taskvec.report").joinpath("report.html.j2").read_text("utf-8")
+    plotly = _package("plotly.offline")
+    script = plotly.get_plotlyjs().replace("\r\n", "\n").replace("</script", "<\\/script")
+    return rendered("report.html.j2", **_content(run), plotly=script)
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page from one of the templates, every value escaped. Raises `MissingPackage` where jinja2 is not installed."""
+    jinja2 = _package("jinja2")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(lambda name: files("taskvec.report").joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"digest": _digest, "embedded": _embedded, "ticked": _ticked}
-    script = plotly.get_plotlyjs().replace("\r\n", "\n").replace("</script", "<\\/script")
-    return str(environment.from_string(source).render(**_content(run), plotly=script))
+    return str(environment.get_template(template).render(**values))
 
 
 def _package(name: str) -> Any:

@@ -1,0 +1,55 @@
+"""Are a model's last hidden states under a vector those of the model at its best length? Numbers for what the paper
+read off overlaid histograms.
+
+Shapes: n states, d width.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+PERMUTATIONS = 200
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Distances of states from a reference, in units of the reference's root mean square spread: of the means, and of
+    the covariances (Bures). `mmd` is the squared maximum mean discrepancy under a Gaussian kernel of the median
+    distance, with the p value of its permutation test."""
+
+    mean: float
+    covariance: float
+    mmd: float
+    p: float
+
+
+def alignment(found: Float[Tensor, "n d"], reference: Float[Tensor, "n d"], *, seed: int = 0) -> Alignment:
+    """How far `found` is from `reference`."""
+    a, b = found.double(), reference.double()
+    spread = float((b - b.mean(0)).square().sum(1).mean().sqrt())
+    mmd, p = two_sample(a, b, seed=seed)
+    shift = float((a.mean(0) - b.mean(0)).norm())
+    return Alignment(shift / spread, bures(a.T.cov(), b.T.cov()) / spread, mmd, p)
+
+
+def bures(one: Float[Tensor, "d d"], two: Float[Tensor, "d d"]) -> float:
+    """The distance of two covariances: sqrt(tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2))."""
+    values, vectors = torch.linalg.eigh(one)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ two @ root).clamp_min(0).sqrt().sum()
+    return float((one.trace() + two.trace() - 2 * cross).clamp_min(0).sqrt())
+
+
+def two_sample(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, seed: int) -> tuple[float, float]:
+    """(squared maximum mean discrepancy, p value by permutation)."""
+    both = torch.cat([a, b])
+    distances = torch.cdist(both, both).square()
+    kernel = torch.exp(-distances / distances[distances > 0].median()).numpy()
+    marks = np.concatenate([np.full(len(a), 1 / len(a)), np.full(len(b), -1 / len(b))])
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([marks, *(rng.permutation(marks) for _ in range(PERMUTATIONS))])
+    found = ((drawn @ kernel) * drawn).sum(1)
+    return float(found[0]), float((found[1:] >= found[0]).sum() + 1) / (PERMUTATIONS + 1)

@@ -1,0 +1,155 @@
+"""Prompts of many functions at once, and what methods are given of them.
+
+A function is a task: its examples are what a vector is fitted on, and its own points what it is tested on. Where a
+query stands (`Place`) is the test: behind examples of its own function, behind another function's, or alone.
+
+Shapes: F functions, P prompts of each, k examples, d dimensions.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.errors import InputError
+from taskvec.lm import Encoded
+from taskvec.regress.functions import Functions, Inputs, draw_inputs
+from taskvec.regress.learner import Learner
+from taskvec.replay import Packed, Plain, replay
+
+
+@dataclass(frozen=True)
+class Place:
+    """What stands before a query: so many examples, of the query's own function or of another one. `inputs` and the
+    standard deviation `noise` of the examples' values are shifts from training."""
+
+    examples: int
+    own: bool = True
+    inputs: Inputs = "standard"
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.examples < 0 or not self.noise >= 0:
+            raise InputError("0 or more examples, noise of 0 or more", str(self), "mend it")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """F x P prompts, function by function, and the values of their queries. `x` and `y` are all points (F, P, k + 1, d)
+    and what stands for their values; the last is the query, whose value is not shown."""
+
+    learner: Learner
+    x: Float[Tensor, "F P n d"]
+    y: Float[Tensor, "F P n"]
+    values: Float[Tensor, "F P"]
+    encoded: tuple[Encoded, ...]
+
+    @classmethod
+    def draw(
+        cls, learner: Learner, functions: Functions, per: int, place: Place, *, seed: int, what: str = ""
+    ) -> "Prompts":
+        """`per` prompts of each function. Points depend on the seed and `what` alone."""
+        generator = torch.Generator().manual_seed(seed_of(seed, f"prompts {what}"))
+        count, n, d = functions.count, place.examples + 1, learner.settings.d
+        x = draw_inputs((count * per, n, d), generator, place.inputs).reshape(count, per, n, d)
+        true = _values(functions, x)
+        shown = true if place.own else _values(functions.picked(shifted(count, 1)), x)
+        noisy = shown + place.noise * torch.randn(shown.shape, generator=generator)
+        return cls.of(learner, x, noisy, true[..., -1])
+
+    @classmethod
+    def of(
+        cls,
+        learner: Learner,
+        x: Float[Tensor, "F P n d"],
+        y: Float[Tensor, "F P n"],
+        values: Float[Tensor, "F P"],
+    ) -> "Prompts":
+        """Points and the values shown, in tokens."""
+        rows, seen = x.flatten(0, 1), y.flatten(0, 1)
+        encoded = tuple(learner.points(row[:-1], value[:-1], row[-1]) for row, value in zip(rows, seen, strict=True))
+        return cls(learner, x, y, values, encoded)
+
+    @property
+    def count(self) -> int:
+        """F."""
+        return self.x.shape[0]
+
+    @property
+    def per(self) -> int:
+        """P."""
+        return self.x.shape[1]
+
+    @cached_property
+    def engine(self) -> Packed | Plain:
+        """The prompts in an engine, for vectors at their last token."""
+        return replay(self.learner, self.encoded, keep=True)
+
+    def asked(self, other: "Prompts") -> "Prompts":
+        """These examples, before the queries of other prompts of the same functions."""
+        x = torch.cat([self.x[..., :-1, :], other.x[..., -1:, :]], -2)
+        return Prompts.of(self.learner, x, self.y, other.values)
+
+    def permuted(self, *, seed: int) -> "Prompts":
+        """The same points with each other's values: in each prompt the examples' are turned around by a drawn number of
+        places, and so are the queries' among a function's prompts. No value stays where it was."""
+        generator = torch.Generator().manual_seed(seed_of(seed, "permuted"))
+        y = torch.cat([_turned(self.y[..., :-1], generator), self.y[..., -1:]], -1)
+        return Prompts.of(self.learner, self.x, y, _turned(self.values, generator))
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """What methods may see of some functions: `clean` prompts of the trained length; `placed` ones, whose queries stand
+    as they will in the test; and `best`, the placed queries behind the trained number of own examples."""
+
+    clean: Prompts
+    placed: Prompts
+    best: Prompts
+
+    @classmethod
+    def draw(
+        cls, learner: Learner, functions: Functions, place: Place, *, clean: int, placed: int, seed: int
+    ) -> "Support":
+        """`clean` and `placed` prompts of each function."""
+        trained = Place(learner.settings.points - 1)
+        whole = Prompts.draw(learner, functions, clean, trained, seed=seed, what="clean")
+        stands = Prompts.draw(learner, functions, placed, place, seed=seed, what="placed")
+        shown = Prompts.draw(learner, functions, placed, trained, seed=seed, what="best")
+        return cls(whole, stands, shown.asked(stands))
+
+    def permuted(self, *, seed: int) -> "Support":
+        """Without the task: values belong to other points."""
+        clean, placed, best = (part.permuted(seed=seed) for part in (self.clean, self.placed, self.best))
+        return Support(clean, placed, best)
+
+
+def shifted(count: int, by: int) -> list[int]:
+    """Function i + by in place i, around the end."""
+    return [(i + by) % count for i in range(count)]
+
+
+def _turned(values: Float[Tensor, "... n"], generator: torch.Generator) -> Float[Tensor, "... n"]:
+    """Each row turned around by 1 to n - 1 places (as it is where it has fewer than two)."""
+    n = values.shape[-1]
+    if n < 2:
+        return values
+    by = torch.randint(1, n, (*values.shape[:-1], 1), generator=generator)
+    return values.gather(-1, (torch.arange(n) + by) % n)
+
+
+def seed_of(seed: int, what: str) -> int:
+    """A generator's seed for one use."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:8]) >> 1
+
+
+def owners(prompts: Prompts) -> list[int]:
+    """The function of each encoded prompt."""
+    return [f for f in range(prompts.count) for _ in range(prompts.per)]
+
+
+def _values(functions: Functions, x: Float[Tensor, "F P n d"]) -> Float[Tensor, "F P n"]:
+    return functions(x.flatten(1, 2)).reshape(x.shape[:-1])

@@ -1,0 +1,198 @@
+"""What the rows say: tables, and the answer in words.
+
+Over seeds a cell is the mean; its interval reaches from the lowest to the highest end of the seeds' 95 % intervals by
+function.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from taskvec.regress.alignment import Alignment
+from taskvec.regress.rows import EXAMPLES, VANILLA, WRONG, YARDSTICK, RegressRow
+from taskvec.report.statistics import spearman
+from taskvec.report.tables import Table
+from taskvec.results import Metric
+
+Rows = Sequence[RegressRow]
+FIDELITY = ("no-examples", "other-examples")
+SHIFTS = ("skewed", "scaled", "orthogonal", "noise", "weights")
+
+
+def over_seeds(found: Iterable[Metric | None]) -> Metric | None:
+    """The mean, and the widest interval."""
+    there = [one for one in found if one is not None]
+    if not there:
+        return None
+    mean = float(np.mean([one.value for one in there]))
+    return Metric(mean, min(one.low for one in there), max(one.high for one in there))
+
+
+def pick(rows: Rows, **wanted: object) -> list[RegressRow]:
+    """The rows with these values."""
+    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+
+
+def all_tables(rows: Rows) -> list[Table]:
+    """Every table that has rows."""
+    out = list[Table]()
+    for learner in _unique(row.learner for row in rows if row.test != "text"):
+        some = pick(rows, learner=learner)
+        out += [fidelity_table(some), length_table(some), shift_table(some), alignment_table(some)]
+    out.append(text_table(rows))
+    return [table for table in out if table.rows]
+
+
+def fidelity_table(rows: Rows) -> Table:
+    """Fidelity and errors where nothing, or another function's examples, stand before the query."""
+    lines = []
+    for name, some in _named(row for row in rows if row.test in FIDELITY):
+        cells = list[str]()
+        for test in FIDELITY:
+            here = pick(some, test=test)
+            cells += [_said(over_seeds(row.fidelity for row in here)), _said(over_seeds(row.mse for row in here))]
+        lines.append((name, *cells))
+    where = _about(rows)
+    caption = (
+        f"{where}: task fidelity (0: no task, 1: as good as the examples) and mean squared error, behind no examples "
+        "and behind another function's. Controls are named after their method."
+    )
+    header = ("vector", "fidelity, no examples", "mse", "fidelity, other's examples", "mse")
+    return Table("fidelity", caption, header, tuple(lines))
+
+
+def length_table(rows: Rows) -> Table:
+    """Error by the number of examples."""
+    some = [
+        row for row in pick(rows, test="length") if row.control in ("", YARDSTICK, WRONG) and row.method != EXAMPLES
+    ]
+    lengths = sorted({row.examples for row in some})
+    lines = [
+        (name, *(_said(over_seeds(row.mse for row in pick(own, examples=k))) for k in lengths))
+        for name, own in _named(some)
+    ]
+    caption = f"{_about(rows)}: mean squared error by the number of examples. Methods are fitted once, beyond training."
+    return Table("length", caption, ("vector", *map(str, lengths)), tuple(lines))
+
+
+def shift_table(rows: Rows) -> Table:
+    """Error under shifts."""
+    some = [row for row in rows if row.test in SHIFTS and row.control in ("", WRONG) and row.method != EXAMPLES]
+    tests = [test for test in SHIFTS if pick(some, test=test)]
+    lines = [
+        (name, *(_said(over_seeds(row.mse for row in pick(own, test=test))) for test in tests))
+        for name, own in _named(some)
+    ]
+    k = max((row.examples for row in some), default=0)
+    caption = f"{_about(rows)}: mean squared error under shifts, behind {k} examples."
+    return Table("shifts", caption, ("vector", *tests), tuple(lines))
+
+
+def alignment_table(rows: Rows) -> Table:
+    """How far last states are from those at the best length, beside the error."""
+    lengths = sorted({row.examples for row in rows if row.alignment is not None})
+    some = [row for row in rows if row.alignment is not None and lengths and row.examples == lengths[-1]]
+    parts: tuple[tuple[str, Callable[[Alignment], float]], ...] = (
+        ("means", lambda a: a.mean),
+        ("covariances", lambda a: a.covariance),
+        ("mmd", lambda a: a.mmd),
+        ("p", lambda a: a.p),
+    )
+    lines = []
+    for name, own in _named(some):
+        cells = [f"{np.mean([get(row.alignment) for row in own if row.alignment]):.3f}" for _, get in parts]
+        lines.append((name, *cells, _said(over_seeds(row.mse for row in own))))
+    k = lengths[-1] if lengths else 0
+    caption = (
+        f"{_about(rows)}: last states behind {k} examples, and those of the bare model at its best length: distance of "
+        f"means and of covariances (in units of the spread), two-sample statistic and its p value. {_predicts(rows)}"
+    )
+    return Table("alignment", caption, ("vector", *(name for name, _ in parts), "mse"), tuple(lines))
+
+
+def text_table(rows: Rows) -> Table:
+    """Numbers as text."""
+    some = pick(rows, test="text")
+    kinds = _unique(row.function for row in some)
+    lines = []
+    for name, own in _named(some):
+        cells = list[str]()
+        for kind in kinds:
+            here = pick(own, function=kind)
+            unread = sum(row.unparsed for row in here)
+            cells += [_said(over_seeds(row.mse for row in here)), f"{unread} of {sum(row.n for row in here)}"]
+        lines.append((name, *cells))
+    model = some[0].learner if some else ""
+    caption = f"{model}, functions of numbers as text: mean squared error, and answers that were no number."
+    header = ("method", *(text for kind in kinds for text in (f"{kind}: mse", "no number")))
+    return Table("text", caption, header, tuple(lines))
+
+
+def answer(rows: Rows) -> tuple[str, tuple[str, ...]]:
+    """Does a vector carry the task when the task is a function? (the sentence, what stands behind it)."""
+    tests = [row for row in rows if row.test in FIDELITY and not row.control and row.fidelity is not None]
+    carried = {name: over_seeds(row.fidelity for row in some) for name, some in _named(tests)}
+    known = {name: metric for name, metric in carried.items() if metric is not None and name != "constant"}
+    yes = [name for name, metric in known.items() if metric.low > 0.5]
+    some = [name for name, metric in known.items() if 0 < metric.low <= 0.5]
+    none = [name for name, metric in known.items() if metric.low <= 0]
+    said = [
+        f"{', '.join(names)} {verb}"
+        for names, verb in (
+            (yes, "carried the function"),
+            (some, "carried some of it"),
+            (none, "could not be told from a vector of another function everywhere"),
+        )
+        if names
+    ]
+    lead = f"Does a vector carry the function? {'; '.join(said)}." if said else "No task fidelity was measured."
+    return lead, tuple(text for text in (_beyond(rows),) if text)
+
+
+def _beyond(rows: Rows) -> str:
+    """What a constant does beyond the trained length."""
+    told = []
+    for learner in _unique(row.learner for row in pick(rows, test="length")):
+        some = pick(rows, learner=learner, test="length", control="")
+        longest = max(row.examples for row in some)
+        found = {name: over_seeds(row.mse for row in own) for name, own in _named(pick(some, examples=longest))}
+        named = {name: metric.value for name, metric in found.items() if metric is not None}
+        if "constant" in named and VANILLA in named:
+            order = ", ".join(f"{name} {value:.2f}" for name, value in sorted(named.items(), key=lambda item: item[1]))
+            told.append(f"{learner} behind {longest} examples, errors from the lowest: {order}.")
+    return " ".join(told)
+
+
+def _predicts(rows: Rows) -> str:
+    """Does the distance predict the error?"""
+    some = [row for row in rows if row.alignment is not None and row.mse is not None]
+    said = []
+    for what, name in (("means", "mean"), ("covariances", "covariance")):
+        pairs = np.array([(getattr(row.alignment, name), row.mse.value) for row in some if row.mse])
+        rho = spearman(pairs, [row.method for row in some]) if len(pairs) > 2 else None
+        if rho is not None:
+            said.append(f"{what} {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]")
+    clusters = "over all numbers of examples, seeds and controls; whole methods are resampled"
+    return f"Rank correlation with the error, {clusters}: {', '.join(said)}." if said else ""
+
+
+def _about(rows: Rows) -> str:
+    seeds = len({row.seed for row in rows})
+    return f"{rows[0].learner} ({rows[0].function}, {seeds} seeds)" if rows else ""
+
+
+def _named(rows: Iterable[RegressRow]) -> list[tuple[str, list[RegressRow]]]:
+    """Rows by method and control: a control stands under its method."""
+    out: dict[str, list[RegressRow]] = {}
+    for row in rows:
+        name = row.method if row.control in ("", YARDSTICK) else f"{row.method}, {row.control}"
+        out.setdefault(name, []).append(row)
+    return list(out.items())
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _said(metric: Metric | None) -> str:
+    return "-" if metric is None else f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"

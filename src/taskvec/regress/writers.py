@@ -1,0 +1,184 @@
+"""The methods on many functions at once: what depends on the class of functions is fitted on some (`teach`), chosen on
+others (`look`), and every function then gets a vector of its own from its own support, all by the same passes.
+
+Each is made of its method's parts (`taskvec.methods`); only the loop over functions is new: one batch of replays.
+
+Shapes: F functions, P prompts of each, L layers, J heads, w width of a head, d width of the residual stream.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.evaluate.drawing import head_sites, projected_heads
+from taskvec.evaluate.ridge import solve
+from taskvec.lm import Encoded
+from taskvec.methods.function_vector import indirect_effects
+from taskvec.methods.icv import STRENGTHS, direction
+from taskvec.regress.ground import Prompts, Support, owners
+from taskvec.regress.learner import Learner
+from taskvec.replay import Ask, Trial, replay
+from taskvec.replay.trials import first_edited
+from taskvec.sites import Site
+from taskvec.vector import Add, AddKeepNorm, Affine, Edit, TaskVector, Where
+
+HEAD = Site("lm_head_in")
+Write = Callable[[Support], list[TaskVector]]
+"""From the support of some functions to a vector for each."""
+
+
+class Writer(Protocol):
+    """A method on many functions."""
+
+    @property
+    def name(self) -> str:
+        """As in rows."""
+        ...
+
+    def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
+        """What is fitted on the class."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Of C candidates: predictions, and the last states where they were asked for (width 0 elsewhere)."""
+
+    predictions: Float[Tensor, "C F P"]
+    states: Float[Tensor, "C FP d"]
+
+
+def ask(prompts: Prompts, candidates: Sequence[Sequence[TaskVector | None]], *, states: bool = False) -> Asked:
+    """Run the prompts under each candidate: one vector (or none) for each function."""
+    who = owners(prompts)
+    trials = [Trial(i, vectors[f]) for vectors in candidates for i, f in enumerate(who)]
+    pairs = list(zip(prompts.encoded, who, strict=True))
+    starts = [min(first_edited(prompt, vectors[f]) for vectors in candidates) for prompt, f in pairs]
+    last = all(start == len(prompt) - 1 for start, prompt in zip(starts, prompts.encoded, strict=True))
+    engine = prompts.engine if last else replay(prompts.learner, prompts.encoded, starts=starts)
+    found = engine.answer(trials, Ask(keep=lambda _, logits: logits, states=(HEAD,) if states else ()))
+    rows = found.states[HEAD] if states else torch.zeros(len(trials), 0)
+    shape = (len(candidates), prompts.count, prompts.per)
+    return Asked(found.kept.reshape(shape), rows.reshape(len(candidates), len(who), -1))
+
+
+def states(learner: Learner, prompts: Sequence[Encoded], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "n w"]]:
+    """The states at the last token of each prompt."""
+    return replay(learner, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
+
+
+def head_means(learner: Learner, clean: Prompts) -> Float[Tensor, "F L J w"]:
+    """The mean output of every head at the query, for each function."""
+    sites = head_sites(learner)
+    found = states(learner, clean.encoded, sites)
+    rows = torch.stack([found[site] for site in sites], 1).reshape(clean.count, clean.per, len(sites), -1)
+    return rows.mean(1).reshape(clean.count, len(sites), learner.n_heads, -1)
+
+
+def best_of(prompts: Prompts, candidates: Sequence[Sequence[TaskVector]]) -> int:
+    """The candidate with the smallest error."""
+    found = ask(prompts, candidates).predictions - prompts.values
+    return int(found.square().mean((1, 2)).argmin())
+
+
+@dataclass(frozen=True)
+class FunctionVectors:
+    """Function vector: the heads with the largest mean indirect effect over functions (their outputs put into prompts
+    with permuted values), each function's own mean outputs, the layer chosen on `look`. `share` of all heads is
+    summed (the published 35 of 96)."""
+
+    name: ClassVar[str] = "function-vector"
+    share: float = 35 / 96
+
+    def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
+        """Rank the heads, choose the layer."""
+        means = head_means(learner, teach.clean)
+        heads = [(layer, head) for layer in range(learner.n_layers) for head in range(learner.n_heads)]
+        corrupt = teach.clean.permuted(seed=seed)
+        one = [f * corrupt.per for f in range(corrupt.count)]
+        golds = teach.clean.values[:, 0].tolist()
+        effects = indirect_effects(learner, [corrupt.encoded[i] for i in one], golds, means, heads).mean(0)
+        order = effects.argsort(descending=True, stable=True).tolist()
+        chosen = [heads[i] for i in order[: max(1, round(self.share * len(heads)))]]
+
+        def summed(support: Support) -> list[Tensor]:
+            written = (projected_heads(learner, mine) for mine in head_means(learner, support.clean))
+            return [torch.stack([rows[head] for head in chosen]).sum(0) for rows in written]
+
+        def at(layer: int, rows: Sequence[Tensor]) -> list[TaskVector]:
+            return [TaskVector((Edit(Site("resid", layer), Add(row)),)) for row in rows]
+
+        tried = summed(look)
+        best = best_of(look.placed, [at(layer, tried) for layer in range(learner.n_layers)])
+        return lambda support: at(best, summed(support))
+
+
+@dataclass(frozen=True)
+class InContextVectors:
+    """ICV as the regression paper has it: behind every block, the state at the last shown value minus that at its
+    point; mean plus first principal direction over a function's prompts, added to all tokens, norms kept."""
+
+    name: ClassVar[str] = "icv"
+
+    def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
+        """Choose the strength on `look`."""
+
+        def rows(support: Support) -> list[Float[Tensor, "L d"]]:
+            return [
+                direction(one.flatten(1), min(1, len(one) - 1)).reshape(one.shape[1:])
+                for one in self.differences(learner, support.clean)
+            ]
+
+        def steered(found: Sequence[Tensor], strength: float) -> list[TaskVector]:
+            return [
+                TaskVector(
+                    tuple(
+                        Edit(Site("resid", layer), AddKeepNorm(part, strength), Where("all"))
+                        for layer, part in enumerate(row)
+                    )
+                )
+                for row in found
+            ]
+
+        tried = rows(look)
+        best = STRENGTHS[best_of(look.placed, [steered(tried, strength) for strength in STRENGTHS])]
+        return lambda support: steered(rows(support), best)
+
+    def differences(self, learner: Learner, clean: Prompts) -> Float[Tensor, "F P L d"]:
+        """h(y_k) - h(x_k) of the last example, behind every block."""
+        x, y = clean.x.flatten(0, 1)[:, :-1], clean.y.flatten(0, 1)[:, :-1]
+        sites = [Site("resid", layer) for layer in range(learner.n_layers)]
+        asked = [learner.points(a[:-1], b[:-1], a[-1]) for a, b in zip(x, y, strict=True)]
+        told = [learner.points(a, b) for a, b in zip(x, y, strict=True)]
+        before, after = states(learner, asked, sites), states(learner, told, sites)
+        gaps = torch.stack([after[site] - before[site] for site in sites], 1)
+        return gaps.reshape(clean.count, clean.per, *gaps.shape[1:])
+
+
+@dataclass(frozen=True)
+class LinearVectors:
+    """Linear task vector: for each function the ridge map from the state where its queries stand to what its own
+    examples change of it (at the input of the read-out; ridge by leave-one-out, with an intercept)."""
+
+    name: ClassVar[str] = "linear"
+
+    def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
+        """Nothing is fitted on the class."""
+
+        def write(support: Support) -> list[TaskVector]:
+            before, after = (
+                states(learner, part.encoded, [HEAD])[HEAD].reshape(part.count, part.per, -1)
+                for part in (support.placed, support.best)
+            )
+            return [self.solved(h, goal - h) for h, goal in zip(before, after, strict=True)]
+
+        return write
+
+    def solved(self, h: Float[Tensor, "P d"], y: Float[Tensor, "P d"]) -> TaskVector:
+        """One function's map."""
+        found = solve(h, y, "loo", intercept=True)
+        return TaskVector((Edit(HEAD, Affine(found.read.float(), found.write.float(), found.bias.float())),))
