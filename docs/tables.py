@@ -108,6 +108,15 @@ def peers() -> str:
     return "\n" + markdown(["", "time a patch", "largest difference of an effect"], rows) + "\n"
 
 
+def regression() -> str:
+    """The tables of docs/regression.sh, and its pictures."""
+    path = RESULTS / "regression.md"
+    text = path.read_text("utf-8").split("\n", 1)[1].strip() if path.is_file() else "Not measured yet."
+    pictures = sorted(file.name for file in (RESULTS.parent / "regression").glob("*.svg"))
+    shown = "\n\n".join(f"![{name.removesuffix('.svg')}](regression/{name})" for name in pictures)
+    return f"\n{text}\n\n{shown}\n" if shown else f"\n{text}\n"
+
+
 def method_page(name: str) -> str:
     """A method's page: what its module says, what it is, and its fields."""
     import importlib

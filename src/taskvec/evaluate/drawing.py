@@ -14,6 +14,7 @@ from torch import Tensor
 from taskvec.errors import InputError
 from taskvec.evaluate.fitting import Fitting
 from taskvec.lm import LM, Encoded
+from taskvec.lm.encode import Answer
 from taskvec.lm.structure import linear_part
 from taskvec.prompts import Example
 from taskvec.sites import Site
@@ -58,7 +59,7 @@ def _permuted(demos: Sequence[Example], rng: random.Random) -> tuple[Example, ..
 
 def encode_drawn(
     lm: LM, split: Split, drawn: Sequence[Drawn], *, bare: bool = False
-) -> tuple[list[Encoded], list[tuple[int, ...]]]:
+) -> tuple[list[Encoded], list[Answer]]:
     """The prompts in tokens (`bare`: without their demonstrations), and their gold answers with the terminator."""
     format = split.spec.format
     prompts = [format.prompt(one.query.input, () if bare else one.demos) for one in drawn]

@@ -13,13 +13,13 @@ from torch import Tensor
 from taskvec.evaluate.metrics import kl
 from taskvec.evaluate.observe import encode_answers
 from taskvec.lm import LM, Encoded
+from taskvec.lm.encode import Answer
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
 from taskvec.tasks import Split
 from taskvec.tasks.task import Loss
 from taskvec.vector import TaskVector
 
-Targets = Sequence[tuple[float, ...]]
-"""Tokens, or the one number a function learner answers."""
+Targets = Sequence[Answer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Lessons:
         return total
 
     def _losses(self, pairs: Sequence[tuple[int, TaskVector]]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        trials = [Trial(i, vector, tuple(map(int, self.targets[i][:-1]))) for i, vector in pairs]
+        trials = [Trial(i, vector, self.targets[i][:-1]) for i, vector in pairs]
         for numbers, logits in self.engine.batches(trials):
             device = self.engine.lm.device
             prompts = [trials[n].prompt for n in numbers]
@@ -102,7 +102,7 @@ class Row:
     """A bare prompt, its gold answer with the terminator, and its task's loss."""
 
     prompt: Encoded
-    target: tuple[int, ...]
+    target: Answer
     loss: Loss
 
 

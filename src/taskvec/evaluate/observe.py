@@ -13,6 +13,7 @@ from taskvec.errors import InputError, VectorMismatch
 from taskvec.evaluate.shared import engine_of
 from taskvec.hooks import check_fits, prove
 from taskvec.lm import LM, Encoded
+from taskvec.lm.encode import Answer
 from taskvec.prompts import Example
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
 from taskvec.replay.trials import first_edited
@@ -129,7 +130,7 @@ def need_labels(spec: TaskSpec, method: str) -> tuple[str, ...]:
 
 def encode_answers(
     lm: LM, split: Split, shown: Sequence[Example] = ()
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], int]:
+) -> tuple[tuple[Answer, ...], tuple[Answer, ...], int]:
     """(each example's answer with its terminator, each label without, how many tokens the task's longest answer
     has)."""
     spec = split.spec
@@ -142,7 +143,7 @@ def encode_answers(
     return golds, labels, max(len(ids) for ids in first_tokens(lm, split, terminator=True))
 
 
-def first_tokens(lm: LM, split: Split, *, terminator: bool = False) -> list[tuple[int, ...]]:
+def first_tokens(lm: LM, split: Split, *, terminator: bool = False) -> list[Answer]:
     """The tokens of each of the task's distinct outputs, behind a zero-shot prompt."""
     prompt = split.spec.format.prompt(split.examples[0].input)
     return [lm.answer_ids(prompt, output, split.spec.format, terminator=terminator) for output in split.spec.outputs]

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, d width of the embeddings.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,9 @@ from torch.nn.functional import pad as pad_rows
 
 from taskvec.errors import InputError
 from taskvec.prompts import Prompt
+
+Answer = tuple[Any, ...]
+"""An answer's tokens; of a function learner its one number."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from taskvec.errors import InputError
 from taskvec.files import replaced
@@ -23,15 +22,6 @@ TEXT_CLASSES = (FunctionClass("linear", 6), FunctionClass("relu", 6))
 """The functions that language models are asked for (the linear task vector paper's)."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One learner or language model under one seed, and the hash of all its rows depend on."""
-
-    name: str
-    seed: int
-    key: str
-
-
 def regress_bench(
     learners: Sequence[Learner],
     out: Path,
@@ -46,22 +36,23 @@ def regress_bench(
     if not seeds or min(seeds) < 0 or not (learners or lm):
         raise InputError("a learner and a seed of 0 or more", f"seeds {list(seeds)}", "name some")
     out.mkdir(parents=True, exist_ok=True)
-    parts = [
-        (_part(one, seed, sizes if isinstance(one, Learner) else text), one)
-        for one in (*learners, lm)
-        if one
-        for seed in dict.fromkeys(seeds)
-    ]
+    asked = [(one, seed) for one in (*learners, *([lm] if lm else [])) for seed in dict.fromkeys(seeds)]
     rows = list[RegressRow]()
-    for part, one in track(parts, "regression", len(parts)):
-        held = out / "parts" / f"{part.key}.json"
-        if not held.is_file():
-            made = list(_measured(one, part.seed, sizes, text))
-            with replaced(held) as new:
-                plain = {"name": part.name, "seed": part.seed, "rows": [row.to_dict() for row in made]}
-                new.write_text(json.dumps(plain, allow_nan=False) + "\n", "utf-8")
-        rows += [RegressRow.from_dict(row) for row in json.loads(held.read_text("utf-8"))["rows"]]
+    for one, seed in track(asked, "regression", len(asked)):
+        rows += _kept(one, seed, out / "parts", sizes, text)
     return rows
+
+
+def _kept(one: LM, seed: int, folder: Path, sizes: Sizes, text: TextSizes) -> list[RegressRow]:
+    """The rows of one model under one seed: read, or measured and written down in one step."""
+    depends = {"model": one.fingerprint, "seed": seed, "taskvec": version("taskvec")}
+    depends |= {"sizes": asdict(sizes if isinstance(one, Learner) else text)}
+    held = folder / f"{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    if not held.is_file():
+        plain = {"name": one.id, "seed": seed, "rows": [row.to_dict() for row in _measured(one, seed, sizes, text)]}
+        with replaced(held) as new:
+            new.write_text(json.dumps(plain, allow_nan=False) + "\n", "utf-8")
+    return [RegressRow.from_dict(row) for row in json.loads(held.read_text("utf-8"))["rows"]]
 
 
 def _measured(one: LM, seed: int, sizes: Sizes, text: TextSizes) -> Iterator[RegressRow]:
@@ -73,9 +64,3 @@ def _measured(one: LM, seed: int, sizes: Sizes, text: TextSizes) -> Iterator[Reg
     yield from reference_rows(bench)
     yield from long_rows(bench)
     yield from fidelity_rows(bench)
-
-
-def _part(one: LM, seed: int, sizes: Any) -> Part:
-    depends = {"model": one.fingerprint, "seed": seed, "sizes": asdict(sizes), "taskvec": version("taskvec")}
-    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
-    return Part(one.id, seed, key)

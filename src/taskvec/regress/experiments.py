@@ -54,9 +54,9 @@ def fidelity_rows(bench: Bench) -> list[RegressRow]:
     return out
 
 
-def reference_rows(bench: Bench, count: int = 128) -> list[RegressRow]:
+def reference_rows(bench: Bench) -> list[RegressRow]:
     """The yardsticks by the number of examples."""
-    functions = bench.functions("yardsticks", count)
+    functions = bench.functions("yardsticks", bench.sizes.test)
     out = list[RegressRow]()
     for k in bench.lengths:
         prompts = Prompts.draw(bench.learner, functions, 1, Place(k), seed=bench.seed, what=f"yardsticks {k}")

@@ -88,7 +88,7 @@ class Learner(LM):
             tensors = load_tensors((folder / WEIGHTS).read_bytes())
         except (OSError, SafetensorError) as error:
             raise UnknownName(f"a learner's weights in {folder}", str(error), "train it again") from None
-        return cls(fill(make_model(config), tensors, str(folder)), config, curve=_json(folder / CURVE))
+        return cls(fill(make_model(config), tensors, str(folder)), config, curve=read_curve(folder / CURVE))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder: weights, configuration, curve."""
@@ -151,17 +151,13 @@ class Learner(LM):
             whole = torch.zeros(1, self.settings.d)
             whole[0, : len(row)] = torch.tensor(row)
             return Encoded(embeds=self.read_in(whole), text=prompt)
-        parts: dict[str, list[list[float]]] = {"demo_input": [], "demo_output": [], "input": []}
-        for span in prompt.spans:
-            if span.role in parts:
-                parts[span.role].append(numbers(prompt.text[span.start : span.stop]))
-        if any(len(one) != 1 for one in parts["demo_output"]):
+        points, values = _parts(prompt)
+        if any(len(one) != 1 for one in values):
             raise DataError("one number as each example's output", prompt.text, "mend the data")
-        if wrong := [row for row in parts["demo_input"] + parts["input"] if len(row) != self.settings.d]:
+        if wrong := [row for row in points if len(row) != self.settings.d]:
             raise DataError(f"points of {self.settings.d} numbers", str(wrong[0]), "mend the data")
-        xs = torch.tensor(parts["demo_input"]).reshape(-1, self.settings.d)
-        ys = torch.tensor([one[0] for one in parts["demo_output"]])
-        return replace(self.points(xs, ys, torch.tensor(parts["input"][0])), text=prompt.text)
+        xs, ys = torch.tensor(points), torch.tensor([one[0] for one in values])
+        return replace(self.points(xs[:-1], ys, xs[-1]), text=prompt.text)
 
     def answer_ids(self, prompt: Prompt, output: str, format: PromptFormat, *, terminator: bool) -> tuple[Any, ...]:
         """The one number of an answer. Losses take it where a language model's take token ids."""
@@ -169,6 +165,15 @@ class Learner(LM):
         if len(found) != 1:
             raise DataError("one number as an output", repr(output), "mend the data")
         return tuple(found)
+
+
+def _parts(prompt: Prompt) -> tuple[list[list[float]], list[list[float]]]:
+    """The numbers of a prompt's inputs, the query last, and of its outputs."""
+    found: dict[str, list[list[float]]] = {"demo_input": [], "demo_output": [], "input": []}
+    for span in prompt.spans:
+        if span.role in found:
+            found[span.role].append(numbers(prompt.text[span.start : span.stop]))
+    return found["demo_input"] + found["input"], found["demo_output"]
 
 
 def numbers(text: str) -> list[float]:
@@ -204,6 +209,11 @@ def fill(model: Any, tensors: dict[str, Tensor], place: str) -> Any:
 def shipped() -> list[str]:
     """The names of the learners that come with the library."""
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG}"))
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """The points of a training's curve."""
+    return [{name: float(value) for name, value in point.items()} for point in _json(path)]
 
 
 def _json(path: Path) -> Any:

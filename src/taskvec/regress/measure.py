@@ -208,8 +208,8 @@ class Test:
 
     @property
     def compares(self) -> bool:
-        """Is there a best length to compare last states with? Not below it, nor elsewhere than in training."""
-        return self.place == Place(self.place.examples) and self.place.examples > self.bench.trained
+        """Are there last states to compare with those at the best length? Not below it, nor under shifts."""
+        return self.name == "length" and self.place.examples > self.bench.trained
 
     def aligned(self, found: Asked) -> Alignment | None:
         """How far the first candidate's last states are from those at the best length."""

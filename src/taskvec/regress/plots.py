@@ -24,7 +24,7 @@ def length_picture(rows: Rows, *, yardsticks: bool) -> Picture:
     learner, wanted = rows[0].learner, YARDSTICK if yardsticks else ""
     some = [row for row in pick(rows, test="length") if row.control == wanted or row.method == VANILLA]
     names = [name for name in dict.fromkeys(row.method for row in some) if name != EXAMPLES]
-    figure, axes = _figure(7, 4)
+    figure, axes = _figure(7.0, 4.0)
     for name, look in zip(sorted(names, key=VANILLA.__ne__), LOOKS, strict=False):
         _line(axes, _by_length(pick(some, method=name)), name, look)
     for row in pick(rows, test="other-examples")[:1]:
@@ -47,7 +47,7 @@ def fidelity_picture(rows: Rows) -> Picture:
     learner = rows[0].learner
     scored = [row for row in rows if row.test == FIDELITY[0] and row.fidelity is not None and not row.control]
     names = list(dict.fromkeys(row.method for row in scored))
-    figure, axes = _figure(7, 0.9 + 0.42 * len(names))
+    figure, axes = _figure(7.0, 0.9 + 0.42 * len(names))
     for (side, test), control, (place, name) in product(enumerate(FIDELITY), ("", SHUFFLED), enumerate(names)):
         metric = over_seeds(row.fidelity for row in pick(rows, test=test, method=name, control=control))
         if metric is not None:

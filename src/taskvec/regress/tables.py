@@ -4,18 +4,18 @@ Over seeds a cell is the mean; its interval reaches from the lowest to the highe
 function.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from taskvec.regress.alignment import Alignment
-from taskvec.regress.rows import EXAMPLES, VANILLA, WRONG, YARDSTICK, RegressRow
+from taskvec.regress.rows import EXAMPLES, WRONG, YARDSTICK, RegressRow
 from taskvec.report.statistics import spearman
 from taskvec.report.tables import Table
 from taskvec.results import Metric
 
 Rows = Sequence[RegressRow]
 FIDELITY = ("no-examples", "other-examples")
+HALF = 0.5
 SHIFTS = ("skewed", "scaled", "orthogonal", "noise", "weights")
 
 
@@ -92,22 +92,17 @@ def alignment_table(rows: Rows) -> Table:
     """How far last states are from those at the best length, beside the error."""
     lengths = sorted({row.examples for row in rows if row.alignment is not None})
     some = [row for row in rows if row.alignment is not None and lengths and row.examples == lengths[-1]]
-    parts: tuple[tuple[str, Callable[[Alignment], float]], ...] = (
-        ("means", lambda a: a.mean),
-        ("covariances", lambda a: a.covariance),
-        ("mmd", lambda a: a.mmd),
-        ("p", lambda a: a.p),
-    )
+    parts = {"means": "mean", "covariances": "covariance", "mmd": "mmd", "p": "p"}
     lines = []
     for name, own in _named(some):
-        cells = [f"{np.mean([get(row.alignment) for row in own if row.alignment]):.3f}" for _, get in parts]
-        lines.append((name, *cells, _said(over_seeds(row.mse for row in own))))
+        means = [np.mean([getattr(row.alignment, field) for row in own]) for field in parts.values()]
+        lines.append((name, *(f"{value:.3f}" for value in means), _said(over_seeds(row.mse for row in own))))
     k = lengths[-1] if lengths else 0
     caption = (
         f"{_about(rows)}: last states behind {k} examples, and those of the bare model at its best length: distance of "
         f"means and of covariances (in units of the spread), two-sample statistic and its p value. {_predicts(rows)}"
     )
-    return Table("alignment", caption, ("vector", *(name for name, _ in parts), "mse"), tuple(lines))
+    return Table("alignment", caption, ("vector", *parts, "mse"), tuple(lines))
 
 
 def text_table(rows: Rows) -> Table:
@@ -130,37 +125,35 @@ def text_table(rows: Rows) -> Table:
 
 def answer(rows: Rows) -> tuple[str, tuple[str, ...]]:
     """Does a vector carry the task when the task is a function? (the sentence, what stands behind it)."""
-    tests = [row for row in rows if row.test in FIDELITY and not row.control and row.fidelity is not None]
-    carried = {name: over_seeds(row.fidelity for row in some) for name, some in _named(tests)}
-    known = {name: metric for name, metric in carried.items() if metric is not None and name != "constant"}
-    yes = [name for name, metric in known.items() if metric.low > 0.5]
-    some = [name for name, metric in known.items() if 0 < metric.low <= 0.5]
-    none = [name for name, metric in known.items() if metric.low <= 0]
-    said = [
-        f"{', '.join(names)} {verb}"
-        for names, verb in (
-            (yes, "carried the function"),
-            (some, "carried some of it"),
-            (none, "could not be told from a vector of another function everywhere"),
-        )
-        if names
-    ]
-    lead = f"Does a vector carry the function? {'; '.join(said)}." if said else "No task fidelity was measured."
-    return lead, tuple(text for text in (_beyond(rows),) if text)
+    known = _carried(rows)
+    kinds = {
+        "carried the function": [name for name, metric in known.items() if metric.low > HALF],
+        "carried some of it": [name for name, metric in known.items() if 0 < metric.low <= HALF],
+        "could not be told from a vector of another function everywhere": [
+            name for name, metric in known.items() if metric.low <= 0
+        ],
+    }
+    said = "; ".join(f"{', '.join(names)} {verb}" for verb, names in kinds.items() if names)
+    lead = f"Does a vector carry the function? {said}." if said else "No task fidelity was measured."
+    return lead, tuple(_beyond(rows))
 
 
-def _beyond(rows: Rows) -> str:
-    """What a constant does beyond the trained length."""
-    told = []
+def _carried(rows: Rows) -> dict[str, Metric]:
+    """Each method's fidelity over both tests, all learners and seeds: the widest interval."""
+    tests = [row for row in rows if row.test in FIDELITY and not row.control and row.method != "constant"]
+    found = {name: over_seeds(row.fidelity for row in some) for name, some in _named(tests)}
+    return {name: metric for name, metric in found.items() if metric is not None}
+
+
+def _beyond(rows: Rows) -> Iterator[str]:
+    """What helps behind the most examples, learner by learner."""
     for learner in _unique(row.learner for row in pick(rows, test="length")):
         some = pick(rows, learner=learner, test="length", control="")
         longest = max(row.examples for row in some)
         found = {name: over_seeds(row.mse for row in own) for name, own in _named(pick(some, examples=longest))}
-        named = {name: metric.value for name, metric in found.items() if metric is not None}
-        if "constant" in named and VANILLA in named:
-            order = ", ".join(f"{name} {value:.2f}" for name, value in sorted(named.items(), key=lambda item: item[1]))
-            told.append(f"{learner} behind {longest} examples, errors from the lowest: {order}.")
-    return " ".join(told)
+        named = sorted((metric.value, name) for name, metric in found.items() if metric and name != EXAMPLES)
+        order = ", ".join(f"{name} {value:.2f}" for value, name in named)
+        yield f"{learner} behind {longest} examples, errors from the lowest: {order}."
 
 
 def _predicts(rows: Rows) -> str:

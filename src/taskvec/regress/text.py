@@ -11,7 +11,7 @@ on them. What is not a number counts as 0, as in the released code, and is count
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from taskvec import methods as registry
 from taskvec.evaluate import Condition, observe
 from taskvec.lm import LM
+from taskvec.methods import Method
 from taskvec.prompts import Example, PromptFormat
 from taskvec.regress.functions import FunctionClass
 from taskvec.regress.ground import seed_of
@@ -68,17 +69,22 @@ def text_rows(
     values = np.array([float(example.output) for example in task.test.examples])
     settings = {name: {"queries": str(sizes.queries)} for name in ("linear", "mean-difference") if name in methods}
     out = list[RegressRow]()
-    for method in registry.make_all(list(methods), settings, {}):
-        conditions: dict[str, Condition] = {"": method.fit(lm, task.train, task.dev, seed=seed)}
-        if hasattr(method, "shuffled"):
-            conditions[SHUFFLED] = method.shuffled().fit(lm, task.train, task.dev, seed=seed)
-        for control, condition in conditions.items():
-            read = [number(text) for text in observe(lm, task.test, condition).texts]
-            wrong = np.array([0.0 if found is None else found for found in read]) - values
-            out.append(_row(lm, family, (method.name, control), wrong, (sizes.shots, seed), read.count(None)))
+    for method, control in _asked(registry.make_all(list(methods), settings, {})):
+        condition: Condition = method.fit(lm, task.train, task.dev, seed=seed)
+        read = [number(text) for text in observe(lm, task.test, condition).texts]
+        wrong = np.array([0.0 if found is None else found for found in read]) - values
+        out.append(_row(lm, family, (method.name, control), wrong, (sizes.shots, seed), read.count(None)))
     for name, guessed in _references(task, seed).items():
         out.append(_row(lm, family, (name, YARDSTICK), guessed - values, (sizes.shots, seed)))
     return out
+
+
+def _asked(methods: Sequence[Method]) -> Iterator[tuple[Method, str]]:
+    """Methods, and their shuffled controls."""
+    for method in methods:
+        yield method, ""
+        if hasattr(method, "shuffled"):
+            yield method.shuffled(), SHUFFLED
 
 
 def number(text: str) -> float | None:

@@ -23,7 +23,7 @@ from taskvec.evaluate.checkpoint import Checkpoint
 from taskvec.progress import note, track
 from taskvec.regress.config import LearnerConfig
 from taskvec.regress.functions import draw_inputs
-from taskvec.regress.learner import Learner, make_model
+from taskvec.regress.learner import Learner, make_model, read_curve
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.json"
 HELD_OUT = 512
@@ -76,7 +76,7 @@ def train(config: LearnerConfig, out: str | Path, *, resume: bool = False) -> Le
             error = float(errors_by_examples(learner, HELD_OUT, seed=config.seed)[-1])
             if not math.isfinite(error):
                 raise _diverged(config, folder, step, curve)
-            curve.append({"step": step + 1, "loss": loss, "error": error})
+            curve.append({"step": float(step + 1), "loss": loss, "error": error})
             _write_log(folder, curve)
             held.save(trained, optimizer, (step + 1, error, 0))
             note(f"learner {config.name}, step {step + 1}: error {error / config.family.variance:.3f} of the variance")
@@ -157,5 +157,5 @@ def _write_log(folder: Path, curve: Curve) -> None:
 def _read_log(folder: Path, done: int) -> Curve:
     """What was written down up to the step of the checkpoint."""
     path = folder / LOG
-    known: Curve = json.loads(path.read_text("utf-8")) if done and path.is_file() else []
+    known = read_curve(path) if done and path.is_file() else []
     return [point for point in known if point["step"] <= done]

@@ -8,7 +8,7 @@ Shapes: F functions, P prompts of each, L layers, J heads, w width of a head, d 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ Write = Callable[[Support], list[TaskVector]]
 """From the support of some functions to a vector for each."""
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A method on many functions."""
 

@@ -37,8 +37,8 @@ def replay(
 
 def packs(lm: LM) -> str | None:
     """None if the model can be packed, else the reason why not. Proved once: a two-segment packed pass against the
-    plain one, behind a prefix of 40 tokens, or of more than the model's attention window. No model's name is
-    trusted."""
+    plain one, behind a prefix of 40 tokens (half of a shorter context), or of more than the model's attention window.
+    No model's name is trusted."""
     if "packed" not in lm.proofs:
         lm.proofs["packed"] = _why_not(lm)
         if lm.proofs["packed"] is not None:
@@ -57,8 +57,13 @@ def _why_not(lm: LM) -> str | None:
     if unproved:
         return f"its attention has a window {unproved} too long to prove anything behind it"
     short = [size for size in windows.values() if size <= LONG]
-    prefix = max([PREFIX, *(size + 1 for size in short)])
+    prefix = max([_prefix(lm), *(size + 1 for size in short)])
     return _packed_wrong(lm, prefix)
+
+
+def _prefix(lm: LM) -> int:
+    """`PREFIX` tokens, or half of a shorter context."""
+    return PREFIX if lm.max_length is None else min(PREFIX, lm.max_length // 2)
 
 
 def _packed_wrong(lm: LM, prefix: int) -> str | None:
@@ -83,7 +88,7 @@ def _packing_error(lm: LM, length: int) -> float:
     The first tail is as long as the short prefix, so that the second stands far from where it belongs in the pass.
     """
     vocabulary = lm.vocabulary
-    second = length + PREFIX
+    second = length + _prefix(lm)
     ids = tuple((37 * i * i + 11 * i + 5) % vocabulary for i in range(second + TAIL))
     prefix, tails = ids[:length], (ids[length:second], ids[second:])
     root = Tree(lm).grow([Segment(ROOT, prefix)]).tree

@@ -1,0 +1,28 @@
+"""Keep of a regression run what the claims page reads: methods without their controls, few digits.
+
+Usage: regression_results.py RESULTS.json OUT.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+KEPT = ("method", "control", "learner", "function", "test", "examples", "seed", "n", "mse", "fidelity", "variance")
+
+
+def short(value: object) -> object:
+    """Numbers with four digits."""
+    if isinstance(value, dict):
+        return {name: short(part) for name, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main(source: Path, out: Path) -> None:
+    """Read, keep, write."""
+    rows = json.loads(source.read_text("utf-8"))["rows"]
+    kept = [{name: short(row[name]) for name in KEPT} for row in rows if row["control"] in ("", "yardstick")]
+    out.write_text(json.dumps({"rows": kept}) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
