@@ -384,6 +384,11 @@ def test_without_warmup_and_decay_the_rate_is_constant() -> None:
     assert {config(lr=0.5).rate(step) for step in range(10)} == {0.5}
 
 
+def test_where_warmup_and_decay_meet_the_lower_rate_counts() -> None:
+    made = config(steps=4, warmup=3, decay=1.0, lr=1.0)
+    assert [made.rate(step) for step in range(4)] == pytest.approx([0.25, 0.5, 0.5, 0.25])
+
+
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 80), st.floats(0, 1))
 def test_a_rate_is_never_zero_nor_above_lr(steps: int, warmup: int, decay: float) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from taskvec.errors import DataError, MissingPackage, UnknownName
 from taskvec.tasks import Task, datasets, staicc
-from taskvec.tasks.hub import HUB
+from taskvec.tasks.hub_sets import HUB
 from taskvec.tasks.staicc import DATASETS, plain, read_dataset
 
 PLAIN = st.recursive(
@@ -113,7 +113,8 @@ def test_without_the_package_the_command_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_the_sets_are_listed_and_named_in_the_error() -> None:
     assert set(datasets()) == {*DATASETS, *HUB}
-    assert all(about.labels and about.format for about in datasets().values())
+    assert all(about.labels for about in datasets().values())
+    assert all(datasets()[name].format for name in DATASETS)
     with pytest.raises(UnknownName, match="sst2"):
         Task.from_jsonl("sst3")
 

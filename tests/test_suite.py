@@ -38,8 +38,8 @@ def suite_file(folder: Path, text: str) -> Path:
 
 
 def test_the_built_in_suites_are_those_on_disk() -> None:
-    more = ["classification-hub", "classification-more", "tiny", "words"]
-    assert sorted(builtin_suites()) == ["adaptive", "classification", *more]
+    more = ["classification", "classification-hub", "classification-more", "tiny", "words"]
+    assert sorted(builtin_suites()) == ["adaptive", "adaptive-hub", *more]
     assert all(suite.name == name for name, suite in builtin_suites().items())
     assert all(suite.description for suite in builtin_suites().values())
     assert builtin_suites()["tiny"].queries == 24
@@ -67,7 +67,7 @@ def test_a_built_in_suite_has_one_name_in_any_writing(name: str) -> None:
 
 def test_an_unknown_suite_names_the_nearest_and_all() -> None:
     with pytest.raises(
-        UnknownName, match=r"found 'wrods'; did you mean words\? name one of: adaptive, classification"
+        UnknownName, match=r"found 'wrods'; did you mean words\? name one of: adaptive, adaptive-hub, classification"
     ) as error:
         load_suite("wrods")
     assert all(name in str(error.value) for name in builtin_suites())

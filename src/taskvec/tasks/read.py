@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from taskvec.errors import DataError, unknown
 from taskvec.prompts import Example, PromptFormat
-from taskvec.tasks.hub import HUB, read_hub
+from taskvec.tasks.hub import read_hub
+from taskvec.tasks.hub_sets import HUB
 from taskvec.tasks.staicc import DATASETS, read_dataset
 from taskvec.tasks.task import Task, TaskSpec
 
@@ -76,9 +77,12 @@ def datasets() -> dict[str, Sidecar]:
 
 
 def _described(name: str) -> Sidecar:
-    found = DATASETS.get(name) or HUB[name]
-    where = "StaICC" if name in DATASETS else "Hub"
-    return Sidecar(description=found.about, category=where, labels=found.labels, format=found.format)
+    if name in DATASETS:
+        there = DATASETS[name]
+        return Sidecar(description=there.about, category="StaICC", labels=there.labels, format=there.format)
+    found = HUB[name]
+    about = f"{found.about}; fetched from the Hub"
+    return Sidecar(description=about, category=found.category, labels=found.labels, format=found.format)
 
 
 def _plain_name(source: str | Path) -> str:
