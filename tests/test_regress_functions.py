@@ -877,3 +877,58 @@ def test_a_text_task_depends_on_its_seed_alone() -> None:
     assert one == text_task(family, SIZES, seed=0)
     other = text_task(family, SIZES, seed=1)
     assert not {example.input for example in one.examples} & {example.input for example in other.examples}
+
+
+# --- bad input, found once and kept ----------------------------------------------------------------------------------
+
+
+def test_a_bad_key_of_the_curriculum_names_its_own_neighbours() -> None:
+    plain = config().model_dump() | {"curriculum": {"evry": 3}}
+    with pytest.raises(UnknownName, match=r"did you mean every\?"):
+        checked(plain, "here")
+
+
+@pytest.mark.parametrize("text", ["name: 2020-99-99", "seed: " + "9" * 5000, "[" * 100_000, "a: [", "\x00"])
+def test_yaml_that_cannot_be_read_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"a learner's configuration in .*mine\.yaml"):
+        load_config(str(path))
+
+
+def test_a_name_of_any_length_is_a_name() -> None:
+    with pytest.raises(UnknownName, match="a built-in learner"):
+        load_config("x" * 300)
+
+
+@pytest.mark.parametrize("fields", [{"mean": math.nan}, {"spread": math.inf}, {"spread": 0.0}])
+def test_weights_of_no_distribution_are_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="a finite mean"):
+        FunctionClass("linear", 2, **fields)  # type: ignore[arg-type]
+
+
+def test_what_is_no_finite_number_counts_as_none() -> None:
+    assert number("1e999") is None
+    assert number("9" * 400) is None
+
+
+@pytest.mark.parametrize("n_test", [85, 90, 99, 100])
+def test_a_text_task_has_all_the_queries_that_are_asked_for(n_test: int) -> None:
+    sizes = TextSizes(n_test=n_test)
+    task = text_task(FunctionClass("linear", 1), sizes, seed=0)  # one dimension: rounded points would repeat
+    demos = task.train.demonstrations(seed=0)
+    assert len(task.train.queries(demos, sizes.queries, seed=0)) == sizes.queries
+    assert len(task.test) == n_test
+
+
+def test_states_that_are_one_point_are_refused() -> None:
+    some = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    for bad in (torch.ones(4, 2), some[:1]):
+        with pytest.raises(InputError, match="not one point"):
+            alignment(some, bad)
+
+
+def test_equal_sets_of_other_sizes_are_compared() -> None:
+    some = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    assert alignment(some[:30], some).p > 0.5
+    assert two_sample(some, some.clone(), seed=0)[1] == 1.0

@@ -17,9 +17,9 @@ from taskvec.errors import InputError, UnknownName, VectorMismatch
 from taskvec.evaluate.checkpoint import Checkpoint
 from taskvec.regress.config import LearnerConfig
 from taskvec.regress.learner import Learner, make_model, shipped
-from taskvec.regress.train import batch, errors_by_examples, interleaved, predictions, train
+from taskvec.regress.training import batch, errors_by_examples, interleaved, predictions, train
 
-training: Any = importlib.import_module("taskvec.regress.train")  # the package's own `train` is the function
+training: Any = importlib.import_module("taskvec.regress.training")  # the package's own `train` is the function
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.json"
 LEARNER = ["learner.safetensors", "learner.json", "curve.json"]
 Train = Callable[..., Learner]
@@ -531,3 +531,27 @@ def test_an_unknown_learner_names_the_shipped_ones(tmp_path: Path) -> None:
     for unknown in ("linear-d33", str(tmp_path)):
         with pytest.raises(UnknownName, match=f"name one of: {', '.join(shipped())}$"):
             Learner.from_pretrained(unknown)
+
+
+def test_a_learner_without_its_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    mini().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds a training"):
+        train(config(), tmp_path)
+
+
+def test_a_file_in_the_folders_place_is_refused_before_any_step(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match="a folder for the learner"):
+        train(config(), tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("points", [0, 6])
+def test_errors_are_measured_at_the_positions_there_are(points: int) -> None:
+    with pytest.raises(InputError, match="1 to 5 points"):
+        errors_by_examples(mini(), 4, seed=0, points=points)
+
+
+def test_a_learners_name_may_be_of_any_length() -> None:
+    with pytest.raises(UnknownName, match="a shipped learner"):
+        Learner.from_pretrained("x" * 300)

@@ -6,17 +6,15 @@ with inject(learner, vector):
 """
 
 from taskvec.regress.config import LearnerConfig, load_config
-from taskvec.regress.fidelity import fidelity
 from taskvec.regress.functions import FunctionClass, Functions
 from taskvec.regress.learner import Learner, squared_error
-from taskvec.regress.train import train
+from taskvec.regress.training import train
 
 __all__ = [
     "FunctionClass",
     "Functions",
     "Learner",
     "LearnerConfig",
-    "fidelity",
     "load_config",
     "squared_error",
     "train",

@@ -1,7 +1,7 @@
 """Are a model's last hidden states under a vector those of the model at its best length? Numbers for what the paper
 read off overlaid histograms.
 
-Shapes: n states, d width.
+Shapes: n and m states, d width.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from taskvec.errors import InputError
 
 PERMUTATIONS = 200
 
@@ -26,10 +28,14 @@ class Alignment:
     p: float
 
 
-def alignment(found: Float[Tensor, "n d"], reference: Float[Tensor, "n d"], *, seed: int = 0) -> Alignment:
-    """How far `found` is from `reference`."""
+def alignment(found: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, seed: int = 0) -> Alignment:
+    """How far `found` is from `reference`. Raises `InputError` for fewer than two states, or a reference that is one
+    point."""
     a, b = found.double(), reference.double()
     spread = float((b - b.mean(0)).square().sum(1).mean().sqrt())
+    if min(len(a), len(b)) < 2 or not spread > 0:
+        fix = "compare states of more prompts"
+        raise InputError("two states or more, and a reference that is not one point", f"{len(a)} and {len(b)}", fix)
     mmd, p = two_sample(a, b, seed=seed)
     shift = float((a.mean(0) - b.mean(0)).norm())
     return Alignment(shift / spread, bures(a.T.cov(), b.T.cov()) / spread, mmd, p)
@@ -43,7 +49,7 @@ def bures(one: Float[Tensor, "d d"], two: Float[Tensor, "d d"]) -> float:
     return float((one.trace() + two.trace() - 2 * cross).clamp_min(0).sqrt())
 
 
-def two_sample(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, seed: int) -> tuple[float, float]:
+def two_sample(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], *, seed: int) -> tuple[float, float]:
     """(squared maximum mean discrepancy, p value by permutation)."""
     both = torch.cat([a, b])
     distances = torch.cdist(both, both).square()
@@ -52,4 +58,5 @@ def two_sample(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, seed: int) -
     rng = np.random.default_rng(seed)
     drawn = np.stack([marks, *(rng.permutation(marks) for _ in range(PERMUTATIONS))])
     found = ((drawn @ kernel) * drawn).sum(1)
-    return float(found[0]), float((found[1:] >= found[0]).sum() + 1) / (PERMUTATIONS + 1)
+    ties = found[1:] >= found[0] - 1e-12  # what rounding leaves of equal ones
+    return float(found[0]), float(ties.sum() + 1) / (PERMUTATIONS + 1)

@@ -1,5 +1,6 @@
 """The settings of a function learner: what it is, what it learns, how it is trained. YAML, every key checked."""
 
+import os
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -13,7 +14,7 @@ from taskvec.errors import InputError, unknown
 from taskvec.regress.functions import FunctionClass, Kind
 
 _CONFIGS = Path(str(files("taskvec.regress") / "data" / "configs"))
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -94,7 +95,7 @@ def builtin_configs() -> dict[str, LearnerConfig]:
 
 def load_config(source: str) -> LearnerConfig:
     """The configuration in a YAML file, or the built-in one of that name."""
-    if Path(source).is_file():
+    if os.path.isfile(source):  # unlike Path's, no error for a name that is too long
         return read_config(Path(source))
     if source not in builtin_configs():
         raise unknown("a configuration file or a built-in learner", source, builtin_configs())
@@ -104,9 +105,11 @@ def load_config(source: str) -> LearnerConfig:
 def read_config(path: Path) -> LearnerConfig:
     """The configuration in a YAML file. Raises `InputError` with the bad key."""
     try:
-        return checked(yaml.safe_load(path.read_text("utf-8")), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"a learner's configuration in {path}", str(error).splitlines()[0], "mend it") from None
+        plain = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # yaml lets all of them out
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"a learner's configuration in {path}", found, "mend it") from None
+    return checked(plain, str(path))
 
 
 def checked(plain: Any, place: str) -> LearnerConfig:
@@ -119,6 +122,9 @@ def checked(plain: Any, place: str) -> LearnerConfig:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise unknown(f"the keys of a learner in {place}", key, LearnerConfig.model_fields) from None
-        found = f"{key}: {first['msg']}" if key else first["msg"]
+            known = Curriculum if first["loc"][0] == "curriculum" else LearnerConfig
+            name = str(first["loc"][-1])
+            raise unknown(f"the keys of a learner in {place}", name, known.model_fields) from None
+        said = first["msg"].removeprefix("Value error, ")
+        found = f"{key}: {said}" if key else said
         raise InputError(f"a learner's configuration in {place}", found, "mend it") from None

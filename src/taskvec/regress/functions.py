@@ -8,6 +8,7 @@
 Shapes: F functions, n points, d dimensions, m hidden units. Everything is float32 on the CPU.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,8 +42,9 @@ class FunctionClass:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"a function class: {', '.join(KINDS)}", repr(self.kind), "name one of those")
-        if min(self.d, self.sparsity, self.hidden, self.depth) < 1 or not self.spread > 0:
-            raise InputError("sizes of at least 1 and a spread above 0", str(self), "mend it")
+        whole = math.isfinite(self.mean) and 0 < self.spread < math.inf
+        if min(self.d, self.sparsity, self.hidden, self.depth) < 1 or not whole:
+            raise InputError("sizes of at least 1, a finite mean and spread above 0", str(self), "mend it")
 
     @property
     def variance(self) -> float:

@@ -15,6 +15,7 @@ Shapes: n points, k pairs, d dimensions, w width.
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -79,7 +80,7 @@ class Learner(LM):
         """The learner in a folder, or the shipped one of that name. Raises `UnknownName` where there is none, and
         `VectorMismatch` where weights and configuration do not belong together."""
         folder = Path(source)
-        if not (folder / CONFIG).is_file():
+        if not os.path.isfile(folder / CONFIG):  # unlike Path's, no error for a name that is too long
             if str(source) not in shipped():
                 raise unknown("a learner's folder, or a shipped learner", str(source), shipped())
             folder = _SHIPPED / str(source)

@@ -17,7 +17,8 @@ LASSO, RIDGE, NEIGHBOURS = 0.01, 0.1, 3
 
 
 def estimators() -> Mapping[str, Estimator]:
-    """The estimators of scikit-learn, by name. Neither has an intercept: the functions have none on average."""
+    """The estimators of scikit-learn, by name. The linear ones have no intercept: the functions have none on
+    average."""
     from sklearn.ensemble import GradientBoostingRegressor
     from sklearn.linear_model import Lasso, LinearRegression, Ridge
     from sklearn.neighbors import KNeighborsRegressor

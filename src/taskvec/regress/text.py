@@ -10,6 +10,7 @@ Beside the methods stand the references that the paper lacks: predict 0, the mea
 on them. What is not a number counts as 0, as in the released code, and is counted.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,9 +48,10 @@ class TextSizes:
 def text_task(family: FunctionClass, sizes: TextSizes, *, seed: int) -> Task:
     """One function of the class as a task of texts: the same function for demonstrations, queries and test."""
     generator = torch.Generator().manual_seed(seed_of(seed, "text"))
-    count = max(3 * sizes.n_test, 2 * (sizes.shots + sizes.queries))
-    x = torch.randn(1, count, family.d, generator=generator, dtype=torch.float64)
-    x = (x * 10**DECIMALS).round() / 10**DECIMALS
+    count = 3 * sizes.n_test + sizes.shots + sizes.queries  # at most 40 % are test, 20 % dev
+    x = torch.randn(1, 2 * count, family.d, generator=generator, dtype=torch.float64)
+    x = ((x * 10**DECIMALS).round() / 10**DECIMALS).unique(dim=1)
+    x = x[:, torch.randperm(x.shape[1], generator=generator)[:count]]
     y = family.draw(1, generator)(x.float())[0]
     examples = [Example(_listed(row.tolist()), f"{value:.{DECIMALS}f}") for row, value in zip(x[0], y, strict=True)]
     spec = TaskSpec(f"{family.kind} of {family.d} numbers", FORMAT, sizes.shots)
@@ -88,9 +90,10 @@ def _asked(methods: Sequence[Method]) -> Iterator[tuple[Method, str]]:
 
 
 def number(text: str) -> float | None:
-    """The first number of an answer."""
+    """The first number of an answer; None where there is none, or one too large for a float."""
     found = _NUMBER.search(text)
-    return None if found is None else float(found[0])
+    value = math.inf if found is None else float(found[0])
+    return value if math.isfinite(value) else None
 
 
 def _references(task: Task, seed: int) -> dict[str, NDArray[np.float64]]:

@@ -23,7 +23,7 @@ from taskvec.evaluate.checkpoint import Checkpoint
 from taskvec.progress import note, track
 from taskvec.regress.config import LearnerConfig
 from taskvec.regress.functions import draw_inputs
-from taskvec.regress.learner import Learner, make_model, read_curve
+from taskvec.regress.learner import CONFIG, Learner, make_model, read_curve
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.json"
 HELD_OUT = 512
@@ -58,7 +58,9 @@ def train(config: LearnerConfig, out: str | Path, *, resume: bool = False) -> Le
     folder = Path(out)
     key = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     held = Checkpoint(folder / CHECKPOINT, key)
-    if (folder / CHECKPOINT).exists() and not resume:
+    if folder.exists() and not folder.is_dir():
+        raise InputError("a folder for the learner", f"{folder}, a file", "name another")
+    if any((folder / name).exists() for name in (CHECKPOINT, CONFIG)) and not resume:
         raise InputError("a new folder", f"{folder} holds a training", "pass --resume, or name another")
     model = make_model(config)
     trained = _Trained(model)
@@ -117,7 +119,10 @@ def errors_by_examples(learner: Learner, count: int, *, seed: int, points: int |
     """The mean squared error on new functions with 0, 1, ... examples."""
     config = learner.settings
     generator = torch.Generator().manual_seed(_seed(seed, "held out", 0))
-    x = draw_inputs((count, points or config.points, config.d), generator)
+    n = config.points if points is None else points
+    if not 1 <= n <= config.positions:
+        raise InputError(f"1 to {config.positions} points", str(n), "use as many as there are positions")
+    x = draw_inputs((count, n, config.d), generator)
     y = config.family.draw(count, generator)(x)
     return (predictions(learner, x, y).cpu() - y).square().mean(0)
 
