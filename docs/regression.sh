@@ -4,8 +4,7 @@
 set -eu
 bin=$1
 run=$2
-"$bin/taskvec" regress bench --text smollm2-135m --out "$run"
+"$bin/taskvec" regress bench --out "$run"
 mkdir -p docs/regression
 cp "$run/tables.md" docs/results/regression.md
 cp "$run"/*.svg docs/regression/
-"$bin/python" docs/regression_results.py "$run/results.json" docs/results/regression.json

@@ -1,5 +1,6 @@
 """A function learner is an LM: its prompts, its text, and the methods and the engine on it, against plain forwards."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,8 +108,13 @@ def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 def test_points_of_another_dimension_are_refused() -> None:
-    with pytest.raises(InputError, match="points of 2 numbers for learner:mini; found 3"):
-        learner().points(torch.ones(1, 3), torch.ones(1), torch.ones(3))
+    for x, y, query in ((1, 3), (1,), (3,)), ((1, 2), (1,), (3,)), ((1, 2), (2,), (2,)), ((2,), (2,), (2,)):
+        with pytest.raises(InputError, match=r"\(k, 2\) points, .* for learner:mini; found"):
+            inspect.unwrap(Learner.points)(learner(), torch.ones(x), torch.ones(y), torch.ones(query))
+
+
+def test_no_prompts_have_no_predictions() -> None:
+    assert learner().predict([]).shape == (0,)
 
 
 def test_as_many_pairs_as_positions_fit_and_no_query_more() -> None:

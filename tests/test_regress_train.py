@@ -256,11 +256,13 @@ def test_killed_between_log_and_checkpoint_no_point_comes_twice(
     assert_as_unbroken(tmp_path, unbroken)
 
 
-def test_a_training_killed_before_its_end_is_no_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_killed_before_its_end_leaves_the_learner_of_its_last_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed(tmp_path, monkeypatch, 5)
-    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, LOG}
-    with pytest.raises(UnknownName):
-        Learner.from_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, LOG, *LEARNER}
+    tensors = load_file(tmp_path / CHECKPOINT)
+    assert_same(weights(Learner.from_pretrained(tmp_path)), {k: tensors[f"now.{k}"] for k in weights(mini())})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -296,7 +298,7 @@ def test_a_checkpoint_cut_short_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_huge_rate_diverges_and_says_so(tmp_path: Path) -> None:
     made = config(lr=1e30, clip=1e9)
-    with pytest.raises(InputError, match="a loss that stays finite; found it diverged at step 2 of mini"):
+    with pytest.raises(InputError, match="a loss that stays bounded; found it diverged at step 2 of mini"):
         train(made, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -326,7 +328,13 @@ def nan_weights(learner: Learner, loss: float) -> float:
     return loss
 
 
-@pytest.mark.parametrize("spoil", [nan_loss, infinite_loss, nan_weights])
+def blown_weights(learner: Learner, loss: float) -> float:
+    """Finite, and useless."""
+    torch.nn.init.constant_(learner.model.lm_head.weight, 1e6)
+    return loss
+
+
+@pytest.mark.parametrize("spoil", [nan_loss, infinite_loss, nan_weights, blown_weights])
 def test_what_a_diverged_training_leaves_is_the_last_good_checkpoint(
     spoil: Callable[[Learner, float], float], unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,12 +342,10 @@ def test_what_a_diverged_training_leaves_is_the_last_good_checkpoint(
     folder = tmp_path / "bad"
     with monkeypatch.context() as patch:
         spoilt(patch, 5, spoil)
-        with pytest.raises(
-            InputError, match=f"diverged at step 6 of mini; the checkpoint of step 4 is kept in {folder}"
-        ):
+        with pytest.raises(InputError, match=f"diverged at step 6 of mini; the learner of step 4 is kept in {folder}"):
             train(config(), folder)
-    assert {path.name for path in folder.iterdir()} == {CHECKPOINT, LOG}
     assert_same(load_file(folder / CHECKPOINT), good)
+    assert Learner.from_pretrained(folder).curve[-1]["step"] == 4
     train(config(), folder, resume=True)
     assert_as_unbroken(folder, unbroken)
 
@@ -367,8 +373,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str, *, after: int) -> None
     ("name", "after", "left"),
     [
         (CHECKPOINT, 0, {LOG}),
-        (CHECKPOINT, 1, {LOG, CHECKPOINT}),
-        (LOG, 1, {LOG, CHECKPOINT}),
+        (CHECKPOINT, 1, {LOG, CHECKPOINT, *LEARNER}),
+        (LOG, 1, {LOG, CHECKPOINT, *LEARNER}),
         ("learner.safetensors", 0, {LOG, CHECKPOINT}),
         ("curve.json", 0, {LOG, CHECKPOINT, "learner.safetensors"}),
         ("learner.json", 0, {LOG, CHECKPOINT, "learner.safetensors", "curve.json"}),
@@ -490,13 +496,13 @@ def test_untrained_weights_depend_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"width": 8}, {"layers": 1}, {"layers": 3}, {"d": 3}, {"positions": 6}],
+    [{"width": 8}, {"layers": 1}, {"d": 3}, {"positions": 6}, {"function": "sparse-linear"}, {"seed": 1}],
     ids=str,
 )
 def test_weights_of_another_configuration_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     mini().save_pretrained(tmp_path)
     (tmp_path / "learner.json").write_text(config(**change).model_dump_json())
-    with pytest.raises(VectorMismatch, match="the weights of the learner that"):
+    with pytest.raises(VectorMismatch, match="the weights of the learner mini"):
         Learner.from_pretrained(tmp_path)
 
 

@@ -151,12 +151,13 @@ def regress_train(
     config: Annotated[str, typer.Argument(help="A learner's YAML file, or a built-in one, e.g. linear-d3.")],
     out: Annotated[Path, typer.Option("--out", help="The learner's folder.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Train a transformer to learn functions in context, and draw its error by the number of examples."""
     from taskvec.cli import regress as run
 
-    run.train(config, out, resume=resume, as_json=json)
+    run.train(config, out, device or "cpu", resume=resume, as_json=json)
 
 
 @regress.command("bench")
@@ -166,16 +167,18 @@ def regress_bench(
         list[str] | None, typer.Option("--learner", help="A folder, or a shipped learner; repeatable; default: those.")
     ] = None,
     text: Annotated[
-        str | None, typer.Option("--text", help="A language model that is asked for functions of numbers as text.")
-    ] = None,
+        str, typer.Option("--text", help='The language model asked for functions of numbers as text ("": none).')
+    ] = DEFAULT_MODEL,
     seeds: Annotated[int, typer.Option("--seeds", help="How many seeds: 0, 1, ...")] = 3,
     functions: Annotated[int, typer.Option("--functions", help="Functions in the test.")] = 64,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Measure what vectors carry of a function: length generalisation, shifts, task fidelity; tables and a report."""
     from taskvec.cli import regress as run
+    from taskvec.cli.work import ModelOptions
 
-    run.bench(learner, text, out, seeds, functions, as_json=json)
+    run.bench(learner, ModelOptions(text, device, None), out, seeds, functions, as_json=json)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from taskvec.files import replaced
 from taskvec.progress import shown
 
 
-def train(config: str, out: Path, *, resume: bool, as_json: bool) -> None:
+def train(config: str, out: Path, device: str, *, resume: bool, as_json: bool) -> None:
     """Train a learner; measure it beside classical estimators."""
     from taskvec.regress import load_config
     from taskvec.regress import train as train_learner
@@ -21,7 +21,7 @@ def train(config: str, out: Path, *, resume: bool, as_json: bool) -> None:
 
     settings = load_config(config)
     with shown():
-        learner = train_learner(settings, out, resume=resume)
+        learner = train_learner(settings, out, resume=resume, device=device)
         rows = curve_rows(Bench(learner, settings.seed))
     try:
         with replaced(out / "error.svg") as new:
@@ -38,7 +38,7 @@ def train(config: str, out: Path, *, resume: bool, as_json: bool) -> None:
     show.say(f"Behind {settings.points - 1} examples {share:.1%} of the variance is left. Wrote {out}.")
 
 
-def bench(names: list[str] | None, text: str | None, out: Path, seeds: int, functions: int, *, as_json: bool) -> None:
+def bench(names: list[str] | None, text: ModelOptions, out: Path, seeds: int, functions: int, *, as_json: bool) -> None:
     """Measure learners, and a language model on numbers as text."""
     from taskvec.regress.bench import regress_bench
     from taskvec.regress.learner import Learner, shipped
@@ -46,10 +46,10 @@ def bench(names: list[str] | None, text: str | None, out: Path, seeds: int, func
     from taskvec.regress.tables import all_tables, answer
     from taskvec.regress.write import write_results
 
-    learners = [Learner.from_pretrained(name) for name in names or shipped()]
+    learners = [Learner.from_pretrained(name, device=text.device or "cpu") for name in names or shipped()]
     sizes = dataclasses.replace(Sizes(), test=functions)
     with shown():
-        lm = None if text is None else ModelOptions(text, None, None).load()
+        lm = text.load() if text.name else None
         rows = regress_bench(learners, out, seeds=range(seeds), sizes=sizes, lm=lm)
     written = list[Path]()
     try:

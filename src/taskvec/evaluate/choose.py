@@ -29,7 +29,11 @@ class Choice:
     logprob: tuple[float, ...]
 
 
-def goodness(lm: LM, logits: Tensor, gold: float) -> Tensor:
+Gold = int | float
+"""A token, or the number that a function learner should answer."""
+
+
+def goodness(lm: LM, logits: Tensor, gold: Gold) -> Tensor:
     """What a method wants to rise at the last prompt token: the probability of the gold token `gold`; of a function
     learner, whose gold is a number, minus the squared error of its prediction."""
     if lm.answers_numbers:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from taskvec.errors import InputError
 from taskvec.evaluate import Fitting, at_least_one, pick, reaching, single
-from taskvec.evaluate.choose import goodness
+from taskvec.evaluate.choose import Gold, goodness
 from taskvec.evaluate.drawing import (
     draw,
     encode_drawn,
@@ -54,16 +54,18 @@ Head = tuple[int, int]
 
 
 def indirect_effects(
-    lm: LM, prompts: Sequence[Encoded], golds: Sequence[float], means: Float[Tensor, "*n L J w"], heads: Sequence[Head]
+    lm: LM,
+    prompts: Sequence[Encoded],
+    golds: Sequence[Gold],
+    means: Float[Tensor, "*own L J w"],
+    heads: Sequence[Head],
 ) -> Float[Tensor, "n k"]:
     """p(gold) with one head's last-token output replaced by its mean, minus p(gold) without: per prompt and head. Means
     are the same for all prompts, or each prompt's own. Of a function learner: what the squared error falls by."""
-    own = means if means.dim() == 4 else means.expand(len(prompts), *means.shape)
-    trials = [
-        Trial(i, patch)
-        for i, mine in enumerate(own)
-        for patch in (None, *(TaskVector((Edit(Site("heads", *head), Replace(mine[head])),)) for head in heads))
-    ]
+    rows = means if means.dim() == 4 else means[None]
+    patches = [[TaskVector((Edit(Site("heads", *head), Replace(row[head])),)) for head in heads] for row in rows]
+    own = patches if means.dim() == 4 else patches * len(prompts)  # one patch for all acts once in a pass
+    trials = [Trial(i, patch) for i, mine in enumerate(own) for patch in (None, *mine)]
 
     def keep(trial: int, logits: Tensor) -> Tensor:
         return goodness(lm, logits, golds[trials[trial].prompt])
@@ -73,7 +75,7 @@ def indirect_effects(
 
 
 def attributions(
-    lm: LM, prompts: Sequence[Encoded], golds: Sequence[float], means: Float[Tensor, "L J w"]
+    lm: LM, prompts: Sequence[Encoded], golds: Sequence[Gold], means: Float[Tensor, "L J w"]
 ) -> Float[Tensor, "n L J"]:
     """The same to first order, for all heads from one backward pass a prompt: grad of p(gold) by the head's output,
     times (mean - output)."""

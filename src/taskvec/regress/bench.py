@@ -35,6 +35,9 @@ def regress_bench(
     learners, sizes and version is not measured again. Raises `InputError` for no learners or seeds."""
     if not seeds or min(seeds) < 0 or not (learners or lm):
         raise InputError("a learner and a seed of 0 or more", f"seeds {list(seeds)}", "name some")
+    names = [learner.settings.name for learner in learners]
+    if len(set(names)) < len(names):
+        raise InputError("learners of different names", ", ".join(names), "rename one in its configuration")
     out.mkdir(parents=True, exist_ok=True)
     asked = [(one, seed) for one in (*learners, *([lm] if lm else [])) for seed in dict.fromkeys(seeds)]
     rows = list[RegressRow]()

@@ -1,5 +1,6 @@
 """The settings of a function learner: what it is, what it learns, how it is trained. YAML, every key checked."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -64,6 +65,11 @@ class LearnerConfig(BaseModel):
         if self.positions < self.points:
             raise ValueError(f"positions {self.positions} are fewer than the {self.points} points it is trained on")
         return self
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all settings."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def family(self) -> FunctionClass:

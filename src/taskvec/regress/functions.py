@@ -9,7 +9,7 @@ Shapes: F functions, n points, d dimensions, m hidden units. Everything is float
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,19 +71,6 @@ class Functions:
         """Function i of its own points."""
         return self.rule(x)
 
-    def picked(self, order: Sequence[int]) -> "Functions":
-        """Function `order[i]` in place i: other functions for the same points."""
-        back = torch.tensor(order)
-
-        def rule(x: Tensor) -> Tensor:
-            whole = torch.zeros(self.count, *x.shape[1:])
-            whole[back] = x
-            return self.rule(whole)[back]
-
-        if sorted(order) != list(range(self.count)):
-            raise InputError("every function once", str(list(order)), "give a permutation")
-        return Functions(rule, self.count)
-
 
 def _weights(family: FunctionClass, count: int, generator: torch.Generator) -> Float[Tensor, "F d"]:
     return family.mean + family.spread * torch.randn(count, family.d, generator=generator)
@@ -132,7 +119,8 @@ def draw_inputs(
     """Points of each function's own distribution.
 
     - `standard`: N(0, I).
-    - `skewed`: a covariance with eigenvalues proportional to 1 / i, of trace d, in a random basis.
+    - `skewed`: a covariance with eigenvalues proportional to 1 / i, of trace d, in a basis drawn for each prompt
+      (as the paper says; the released code scales coordinates by 1 / i, a covariance of 1 / i^2, in one basis).
     - `scaled`: N(0, 4 I).
     - `orthogonal`: all points but the last lie in a random subspace of d - 1 dimensions (variance d / (d - 1) in it),
       the last, the query, on the line it leaves out, sqrt(d) from 0: the examples say nothing of it.

@@ -23,8 +23,8 @@ from taskvec.replay import Packed, Plain, replay
 
 @dataclass(frozen=True)
 class Place:
-    """What stands before a query: so many examples, of the query's own function or of another one. `inputs` and the
-    standard deviation `noise` of the examples' values are shifts from training."""
+    """What stands before a query: so many examples, of the query's own function or, drawn for each prompt, of another
+    one. `inputs` and the standard deviation `noise` of the examples' values are shifts from training."""
 
     examples: int
     own: bool = True
@@ -51,14 +51,19 @@ class Prompts:
     def draw(
         cls, learner: Learner, functions: Functions, per: int, place: Place, *, seed: int, what: str = ""
     ) -> "Prompts":
-        """`per` prompts of each function. Points depend on the seed and `what` alone."""
-        generator = torch.Generator().manual_seed(seed_of(seed, f"prompts {what}"))
+        """`per` prompts of each function. Standard queries depend on the seed and `what` alone, the same at every
+        place; no query is drawn with examples of any length."""
         count, n, d = functions.count, place.examples + 1, learner.settings.d
-        x = draw_inputs((count * per, n, d), generator, place.inputs).reshape(count, per, n, d)
-        true = _values(functions, x)
-        shown = true if place.own else _values(functions.picked(shifted(count, 1)), x)
+        x = draw_inputs((count * per, n, d), _generator(seed, f"examples {what} {n}"), place.inputs)
+        if place.inputs == "standard":
+            x[:, -1] = torch.randn(count * per, d, generator=_generator(seed, f"queries {what}"))
+        true = functions(x.reshape(count, per * n, d)).reshape(count, per, n)
+        generator = _generator(seed, f"shown {what} {n}")
+        if not place.own:
+            others = learner.settings.family.draw(count * per, generator)
+        shown = true if place.own else others(x).reshape(count, per, n)
         noisy = shown + place.noise * torch.randn(shown.shape, generator=generator)
-        return cls.of(learner, x, noisy, true[..., -1])
+        return cls.of(learner, x.reshape(count, per, n, d), noisy, true[..., -1])
 
     @classmethod
     def of(
@@ -93,10 +98,15 @@ class Prompts:
         x = torch.cat([self.x[..., :-1, :], other.x[..., -1:, :]], -2)
         return Prompts.of(self.learner, x, self.y, other.values)
 
+    def pooled(self) -> "Prompts":
+        """All prompts as if they were of one function."""
+        x, y, values = (part.flatten(0, 1)[None] for part in (self.x, self.y, self.values))
+        return Prompts(self.learner, x, y, values, self.encoded)
+
     def permuted(self, *, seed: int) -> "Prompts":
         """The same points with each other's values: in each prompt the examples' are turned around by a drawn number of
         places, and so are the queries' among a function's prompts. No value stays where it was."""
-        generator = torch.Generator().manual_seed(seed_of(seed, "permuted"))
+        generator = _generator(seed, "permuted")
         y = torch.cat([_turned(self.y[..., :-1], generator), self.y[..., -1:]], -1)
         return Prompts.of(self.learner, self.x, y, _turned(self.values, generator))
 
@@ -121,8 +131,12 @@ class Support:
         shown = Prompts.draw(learner, functions, placed, trained, seed=seed, what="best")
         return cls(whole, stands, shown.asked(stands))
 
+    def pooled(self) -> "Support":
+        """All functions as one."""
+        return Support(self.clean.pooled(), self.placed.pooled(), self.best.pooled())
+
     def permuted(self, *, seed: int) -> "Support":
-        """Without the task: values belong to other points."""
+        """Values belong to other points: what is left of a function is their distribution."""
         clean, placed, best = (part.permuted(seed=seed) for part in (self.clean, self.placed, self.best))
         return Support(clean, placed, best)
 
@@ -141,6 +155,10 @@ def _turned(values: Float[Tensor, "... n"], generator: torch.Generator) -> Float
     return values.gather(-1, (torch.arange(n) + by) % n)
 
 
+def _generator(seed: int, what: str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(seed, what))
+
+
 def seed_of(seed: int, what: str) -> int:
     """A generator's seed for one use."""
     return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:8]) >> 1
@@ -149,7 +167,3 @@ def seed_of(seed: int, what: str) -> int:
 def owners(prompts: Prompts) -> list[int]:
     """The function of each encoded prompt."""
     return [f for f in range(prompts.count) for _ in range(prompts.per)]
-
-
-def _values(functions: Functions, x: Float[Tensor, "F P n d"]) -> Float[Tensor, "F P n"]:
-    return functions(x.flatten(1, 2)).reshape(x.shape[:-1])

@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -76,9 +75,9 @@ class Learner(LM):
         self.settings, self.curve = config, tuple(curve)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "Learner":
-        """The learner in a folder, or the shipped one of that name. Raises `UnknownName` where there is none, and
-        `VectorMismatch` where weights and configuration do not belong together."""
+    def from_pretrained(cls, source: str | Path, *, device: str = "cpu") -> "Learner":
+        """The learner in a folder, or the shipped one of that name, on a device. Raises `UnknownName` where there is
+        none, and `VectorMismatch` where weights and configuration do not belong together."""
         folder = Path(source)
         if not os.path.isfile(folder / CONFIG):  # unlike Path's, no error for a name that is too long
             if str(source) not in shipped():
@@ -86,16 +85,22 @@ class Learner(LM):
             folder = _SHIPPED / str(source)
         config = checked(_json(folder / CONFIG), str(folder / CONFIG))
         try:
-            tensors = load_tensors((folder / WEIGHTS).read_bytes())
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                made = (file.metadata() or {}).get("config")
         except (OSError, SafetensorError) as error:
             raise UnknownName(f"a learner's weights in {folder}", str(error), "train it again") from None
-        return cls(fill(make_model(config), tensors, str(folder)), config, curve=read_curve(folder / CURVE))
+        if made != config.hash:
+            found = f"those of another configuration in {folder}"
+            raise VectorMismatch(f"the weights of the learner {config.name}", found, "use its own configuration")
+        model = placed(fill(make_model(config), tensors, str(folder)), device)
+        return cls(model, config, curve=read_curve(folder / CURVE))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder: weights, configuration, curve."""
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}
         for name, content in (
-            (WEIGHTS, save_tensors(tensors)),
+            (WEIGHTS, save_tensors(tensors, {"config": self.settings.hash})),
             (CURVE, (json.dumps(list(self.curve)) + "\n").encode()),
             (CONFIG, (self.settings.model_dump_json(indent=2) + "\n").encode()),
         ):
@@ -109,10 +114,13 @@ class Learner(LM):
     ) -> Encoded:
         """The prompt of k pairs and a query (None: it ends with the last value). Raises `InputError` for other
         dimensions or numbers that are not finite, `PromptTooLong` beyond the position table."""
+        d, k = self.settings.d, len(ys)
+        shapes = [tuple(xs.shape), tuple(ys.shape), (d,) if query is None else tuple(query.shape)]
+        if shapes != [(k, d), (k,), (d,)]:
+            found = ", ".join(map(str, shapes))
+            raise InputError(f"(k, {d}) points, (k,) values, a ({d},) query for {self.id}", found, "mend the shapes")
         xs = xs if query is None else torch.cat([xs, query[None]])
-        d, k, tokens = self.settings.d, len(ys), len(xs) + len(ys)
-        if xs.shape[1] != d:
-            raise InputError(f"points of {d} numbers for {self.id}", f"{xs.shape[1]}", "use its own dimension")
+        tokens = len(xs) + k
         if not (xs.isfinite().all() and ys.isfinite().all()):
             raise InputError("finite points and values", "nan or inf", "mend the data")
         if tokens > 2 * self.settings.positions:
@@ -129,12 +137,14 @@ class Learner(LM):
 
     def read_in(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... w"]:
         """Points as the embeddings the model reads."""
-        weight: Tensor = self.model.get_input_embeddings().weight
-        return rows.to(weight) @ weight.detach()
+        weight: Tensor = self.model.get_input_embeddings().weight.detach().float().cpu()
+        return rows @ weight
 
     @torch.no_grad()
     def predict(self, prompts: Sequence[Encoded]) -> Float[Tensor, " n"]:
         """The predicted value at each prompt's last point. Inside `inject` the vector acts."""
+        if not prompts:
+            return torch.zeros(0)
         batch = self.batch(prompts)
         out = self.forward(batch)[..., 0].float().cpu()
         return out[torch.arange(len(prompts)), batch.last]
@@ -192,6 +202,15 @@ def numbers(text: str) -> list[float]:
 def squared_error(logits: Float[Tensor, "t 1"], target: Float[Tensor, " t"]) -> Tensor:
     """A task's loss for learners: the mean squared error of the predictions."""
     return (logits[:, 0].float() - target).square().mean()
+
+
+def placed(model: Any, device: str) -> Any:
+    """The model on a device. Raises `InputError` for one that this torch cannot use."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        found = f"{device!r} ({str(error).splitlines()[0]})"
+        raise InputError("a device this torch can use", found, "name another") from None
 
 
 def fill(model: Any, tensors: dict[str, Tensor], place: str) -> Any:

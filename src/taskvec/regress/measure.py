@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taskvec.regress.alignment import Alignment, alignment
+from taskvec.errors import InputError
+from taskvec.regress.alignment import alignment
 from taskvec.regress.fidelity import fidelity
 from taskvec.regress.functions import FunctionClass, Functions
-from taskvec.regress.ground import Place, Prompts, Support, seed_of, shifted
+from taskvec.regress.ground import Place, Prompts, Support, owners, seed_of, shifted
 from taskvec.regress.learner import Learner
-from taskvec.regress.rows import EXAMPLES, MEAN, SHUFFLED, VANILLA, WRONG, RegressRow
+from taskvec.regress.rows import EXAMPLES, LENGTH, MEAN, SHUFFLED, VANILLA, WRONG, YARDSTICK, RegressRow
 from taskvec.regress.trained import ConstantVectors, LearnableVectors, LearnedVectors, Training
 from taskvec.regress.writers import (
     Asked,
@@ -26,10 +27,10 @@ from taskvec.regress.writers import (
     Writer,
     ask,
 )
-from taskvec.results import Metric, mean
-from taskvec.vector import Add, TaskVector
+from taskvec.results import mean
+from taskvec.vector import TaskVector
 
-OTHERS = 4
+OTHERS = 2
 """Other functions whose vectors are tried on each."""
 Vectors = Sequence[TaskVector | None]
 
@@ -44,8 +45,14 @@ class Sizes:
     test: int = 64
     clean: int = 8
     placed: int = 32
-    queries: int = 8
-    steps: int = 200
+    queries: int = 4
+    steps: int = 150
+
+    def __post_init__(self) -> None:
+        least = {"teach": 1, "look": 1, "test": OTHERS + 1, "clean": 1, "placed": 2, "queries": 1, "steps": 2}
+        for name, size in least.items():
+            if getattr(self, name) < size:
+                raise InputError(f"{name} of at least {size}", str(getattr(self, name)), "raise it")
 
 
 def writers(steps: int = Sizes.steps) -> tuple[Writer, ...]:
@@ -89,81 +96,53 @@ class Bench:
         for writer in writers(self.sizes.steps):
             yield writer, Fitted(self, writer, place, teach, look)
 
-    def row(
-        self,
-        method: str,
-        control: str,
-        at: tuple[str, int],
-        wrong: Float[Tensor, " F"],
-        found: tuple[Metric | None, Alignment | None] = (None, None),
-    ) -> RegressRow:
-        """A row of errors by function, at (test, examples); `found` is its fidelity and its alignment."""
-        settings = self.learner.settings
-        return RegressRow(
-            method=method,
-            control=control,
-            learner=settings.name,
-            function=settings.function,
-            test=at[0],
-            examples=at[1],
-            seed=self.seed,
-            n=len(wrong),
-            mse=mean(wrong.double().numpy()),
-            fidelity=found[0],
-            variance=settings.family.variance,
-            alignment=found[1],
-        )
-
     @property
     def trained(self) -> int:
         """The most examples it saw in training."""
         return self.learner.settings.points - 1
 
     @property
+    def beyond(self) -> int:
+        """Twice as many, where methods for more examples are fitted. Raises `InputError` where positions end before."""
+        if 2 * self.trained > self.learner.settings.positions - 1:
+            found = f"{self.learner.settings.positions} positions of {self.learner.id}"
+            fix = "train it with more positions"
+            raise InputError(f"positions for {2 * self.trained} examples and a query", found, fix)
+        return 2 * self.trained
+
+    @property
     def lengths(self) -> list[int]:
-        """Numbers of examples: up to the trained one, and as far beyond as positions reach."""
-        k, most = self.trained, self.learner.settings.positions - 1
-        return sorted({n for n in (k // 2, k - 1, k, k + 1, 3 * k // 2, 2 * k, 3 * k, most) if n <= most})
-
-
-@dataclass(frozen=True, eq=False)
-class Tried:
-    """A method or a control: the vectors on their own functions, and on others (none where there is no task)."""
-
-    own: Vectors
-    others: tuple[Vectors, ...] = ()
+        """Numbers of examples: around the dimension, up to the trained one, and as far beyond as positions reach."""
+        d, k, most = self.learner.settings.d, self.trained, self.learner.settings.positions - 1
+        wanted = {1, d, d + 1, k // 2, k - 1, k, k + 1, 3 * k // 2, 2 * k, 3 * k, most}
+        return sorted(n for n in wanted if 1 <= n <= most)
 
 
 class Fitted:
     """A method fitted on the class, and its vectors for given functions, with the controls."""
 
     def __init__(self, bench: Bench, writer: Writer, place: Place, teach: Support, look: Support) -> None:
-        self.bench, self.name = bench, writer.name
+        self.seed, self.name = bench.seed, writer.name
         self.write = writer.fit(bench.learner, teach, look, seed=bench.seed)
 
-    def tried(self, support: Support) -> dict[str, Tried]:
-        """By the control's name ("": the method itself)."""
+    def tried(self, support: Support) -> dict[str, list[Vectors]]:
+        """The vectors by the control's name ("": the method itself); of other functions there are several draws."""
         own = self.write(support)
         if self.name == ConstantVectors.name:
-            return {"": Tried(own)}
-        out = {"": _on_others(own)}
-        out[SHUFFLED] = _on_others(self.write(support.permuted(seed=self.bench.seed)))
-        if all(isinstance(edit.op, Add) for edit in own[0].edits):
-            middle = [TaskVector.mean(own[:f] + own[f + 1 :]) for f in range(len(own))]
-            out[MEAN] = Tried(middle)
-        return out
-
-
-def _on_others(own: Vectors) -> Tried:
-    others = range(1, min(OTHERS, len(own) - 1) + 1)
-    return Tried(own, tuple([own[i] for i in shifted(len(own), by)] for by in others))
+            return {"": [own]}
+        count = len(own)
+        return {
+            "": [own],
+            WRONG: [[own[i] for i in shifted(count, by)] for by in range(1, OTHERS + 1)],
+            MEAN: [self.write(support.pooled()) * count],
+            SHUFFLED: [self.write(support.permuted(seed=self.seed))],
+        }
 
 
 @dataclass(frozen=True, eq=False)
-class Test:
-    """Test prompts of one place, and the same queries behind as many own examples as the model was trained on."""
-
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+class Stand:
+    """Where vectors are tried: test prompts of one place, and the same queries behind as many own examples as the model
+    was trained on (`best`)."""
 
     name: str
     place: Place
@@ -179,55 +158,69 @@ class Test:
     @cached_property
     def examples(self) -> Float[Tensor, " F"]:
         """The error that the examples leave."""
-        return self.wrong(self.behind.predictions, self.best)[0]
-
-    def wrong(self, predictions: Float[Tensor, "C F P"], prompts: Prompts) -> Float[Tensor, "C F"]:
-        """Each function's mean squared error."""
-        return (predictions - prompts.values).square().mean(2)
+        return squared(self.behind.predictions, self.best)[0]
 
     def bare(self) -> list[RegressRow]:
-        """The model as it is, at this place; and behind its own examples."""
+        """The model as it is, at this place; where fidelity is measured, behind its own examples too."""
         found = ask(self.prompts, [[None] * self.prompts.count], states=True)
-        rows = [self.row(VANILLA, "", self.wrong(found.predictions, self.prompts)[0], None, self.aligned(found))]
-        if self.place != Place(self.bench.trained):
-            rows.append(replace(self.row(EXAMPLES, "", self.examples), examples=self.bench.trained))
+        rows = [self._row(VANILLA, "", squared(found.predictions, self.prompts)[0], found)]
+        if self.scores:
+            rows.append(replace(self._row(EXAMPLES, "", self.examples, None), examples=self.bench.trained))
         return rows
 
-    def rows(self, method: str, tried: Mapping[str, Tried]) -> list[RegressRow]:
+    def rows(self, method: str, tried: Mapping[str, Sequence[Vectors]]) -> list[RegressRow]:
         """A method and its controls."""
         out = list[RegressRow]()
-        for control, one in tried.items():
-            found = ask(self.prompts, [one.own, *one.others], states=self.compares)
-            own, *others = self.wrong(found.predictions, self.prompts)
-            against = torch.stack(others).mean(0) if others else own
-            score = fidelity(own, against, self.examples, self.bench.learner.settings.family.variance)
-            out.append(self.row(method, control, own, score, self.aligned(found)))
-            if not control and others:
-                out.append(self.row(method, WRONG, against))
+        for control, draws in tried.items():
+            found = ask(self.prompts, draws, states=self.compares)
+            out.append(self._row(method, control, squared(found.predictions, self.prompts).mean(0), found))
         return out
+
+    @property
+    def scores(self) -> bool:
+        """Does the prompt say nothing of the function?"""
+        return self.place.examples == 0 or not self.place.own
 
     @property
     def compares(self) -> bool:
         """Are there last states to compare with those at the best length? Not below it, nor under shifts."""
-        return self.name == "length" and self.place.examples > self.bench.trained
+        return self.name == LENGTH and self.place.examples > self.bench.trained
 
-    def aligned(self, found: Asked) -> Alignment | None:
-        """How far the first candidate's last states are from those at the best length."""
-        return alignment(found.states[0], self.behind.states[0]) if self.compares else None
+    def _row(self, method: str, control: str, wrong: Float[Tensor, " F"], found: Asked | None) -> RegressRow:
+        score, aligned = None, None
+        if self.scores:
+            score = fidelity(wrong, self.prompts.values.square().mean(1), self.examples)
+        if self.compares and found is not None:
+            aligned = alignment(found.states[0], self.behind.states[0], owners(self.prompts))
+        settings = self.bench.learner.settings
+        return RegressRow(
+            method=method,
+            control=control,
+            learner=settings.name,
+            function=settings.function,
+            test=self.name,
+            examples=self.place.examples,
+            seed=self.bench.seed,
+            n=len(wrong),
+            mse=mean(wrong.double().numpy()),
+            fidelity=score,
+            variance=settings.family.variance,
+            trained=self.bench.trained,
+            alignment=aligned,
+        )
 
-    def row(
-        self,
-        method: str,
-        control: str,
-        wrong: Float[Tensor, " F"],
-        score: Metric | None = None,
-        aligned: Alignment | None = None,
-    ) -> RegressRow:
-        """One row."""
-        return self.bench.row(method, control, (self.name, self.place.examples), wrong, (score, aligned))
+    def yardstick(self, name: str, guessed: Float[Tensor, "F P"]) -> RegressRow:
+        """A row of predictions that no model made, for the first prompts of each function."""
+        wrong = (guessed - self.prompts.values[:, : guessed.shape[1]]).square().mean(1)
+        return self._row(name, YARDSTICK, wrong, None)
 
 
-def draw_test(bench: Bench, name: str, functions: Functions, place: Place) -> Test:
+def squared(predictions: Float[Tensor, "C F P"], prompts: Prompts) -> Float[Tensor, "C F"]:
+    """Each function's mean squared error."""
+    return (predictions - prompts.values).square().mean(2)
+
+
+def stand(bench: Bench, name: str, functions: Functions, place: Place) -> Stand:
     """Test prompts: the same points at every place of one length."""
     sizes, learner = bench.sizes, bench.learner
 
@@ -235,4 +228,4 @@ def draw_test(bench: Bench, name: str, functions: Functions, place: Place) -> Te
         return Prompts.draw(learner, functions, sizes.queries, where, seed=bench.seed, what="test")
 
     prompts = drawn(place)
-    return Test(name, place, prompts, drawn(Place(bench.trained)).asked(prompts), bench)
+    return Stand(name, place, prompts, drawn(Place(bench.trained)).asked(prompts), bench)

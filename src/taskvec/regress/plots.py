@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from taskvec.errors import MissingPackage
-from taskvec.regress.rows import EXAMPLES, SHUFFLED, VANILLA, YARDSTICK, RegressRow
+from taskvec.regress.rows import LENGTH, MEAN, SHUFFLED, VANILLA, WRONG, YARDSTICK, RegressRow
 from taskvec.regress.tables import FIDELITY, over_seeds, pick
 from taskvec.report.pictures import Picture
 from taskvec.results import Metric
@@ -15,6 +15,7 @@ Rows = Sequence[RegressRow]
 QUIET, FLOOR = "#5b626d", 1e-4
 # Black, and the palette of Okabe and Ito, each with a marker of its own.
 _HUES = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8f949c", "#7a5c00")
+MARKS = {"": "D", WRONG: "x", MEAN: "s", SHUFFLED: "o"}
 LOOKS = tuple(zip(_HUES, "os^Dv*Pxh", strict=True))
 _STYLE = {"svg.hashsalt": "taskvec", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -22,13 +23,12 @@ _STYLE = {"svg.hashsalt": "taskvec", "font.size": 9, "axes.spines.top": False, "
 def length_picture(rows: Rows, *, yardsticks: bool) -> Picture:
     """Error by the number of examples: methods, or (`yardsticks`) the bare model beside classical estimators."""
     learner, wanted = rows[0].learner, YARDSTICK if yardsticks else ""
-    some = [row for row in pick(rows, test="length") if row.control == wanted or row.method == VANILLA]
-    names = [name for name in dict.fromkeys(row.method for row in some) if name != EXAMPLES]
+    some = [row for row in pick(rows, test=LENGTH) if row.control == wanted or row.method == VANILLA]
+    names = list(dict.fromkeys(row.method for row in some))
     figure, axes = _figure(7.0, 4.0)
-    for name, look in zip(sorted(names, key=VANILLA.__ne__), LOOKS, strict=False):
+    for name, look in zip(sorted(names, key=VANILLA.__ne__), LOOKS[: len(names)], strict=True):
         _line(axes, _by_length(pick(some, method=name)), name, look)
-    for row in pick(rows, test="other-examples")[:1]:
-        axes.axvline(row.examples, color=QUIET, linestyle=":", linewidth=1)
+    axes.axvline(rows[0].trained, color=QUIET, linestyle=":", linewidth=1)
     axes.set(xlabel="examples", ylabel="mean squared error", yscale="log")
     axes.set_ylim(bottom=max(axes.get_ylim()[0], FLOOR))
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -43,24 +43,26 @@ def _by_length(rows: Rows) -> list[tuple[int, Metric]]:
 
 
 def fidelity_picture(rows: Rows) -> Picture:
-    """Fidelity of each method and its shuffled control, in both tests."""
+    """Fidelity of each method and its controls, in both tests."""
     learner = rows[0].learner
-    scored = [row for row in rows if row.test == FIDELITY[0] and row.fidelity is not None and not row.control]
+    scored = [row for row in rows if row.test in FIDELITY and row.fidelity is not None and row.control != YARDSTICK]
     names = list(dict.fromkeys(row.method for row in scored))
-    figure, axes = _figure(7.0, 0.9 + 0.42 * len(names))
-    for (side, test), control, (place, name) in product(enumerate(FIDELITY), ("", SHUFFLED), enumerate(names)):
-        metric = over_seeds(row.fidelity for row in pick(rows, test=test, method=name, control=control))
+    figure, axes = _figure(7.0, 1.2 + 0.5 * max(1, len(names)))
+    for (side, test), (control, marker), (place, name) in product(enumerate(FIDELITY), MARKS.items(), enumerate(names)):
+        metric = over_seeds(row.fidelity for row in pick(scored, test=test, method=name, control=control))
         if metric is not None:
-            _dot(axes, metric, place + 0.3 * side - 0.15, _HUES[1 + side], not control)
+            y = place + 0.3 * side - 0.15 + 0.05 * list(MARKS).index(control)
+            _dot(axes, metric, y, (_HUES[1 + side], marker))
     for x, text in ((0, "no task"), (1, "as good as examples")):
         axes.axvline(x, color=QUIET, linestyle=":", linewidth=1)
         axes.annotate(text, (x, -0.8), ha="center", fontsize=8, color=QUIET)
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="task fidelity")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="task fidelity (cut at -2)")
     axes.set_ylim(len(names) - 0.4, -1)
-    axes.set_xlim(-0.6, 1.3)
+    axes.set_xlim(-2, 1.3)
     says = (
-        f"Task fidelity of vectors in {learner}: blue behind no examples, red behind another function's; open marks "
-        "are vectors fitted on shuffled values. Only what stands right of 0 carries the function."
+        f"Task fidelity of vectors in {learner}: blue behind no examples, red behind other functions'; filled: the "
+        "method, open: its controls (cross: other functions' vectors, square: all functions' together, circle: "
+        "shuffled values). Only what stands right of 0 carries the function."
     )
     return Picture(f"{learner}-fidelity", f"{learner}: task fidelity", says, _svg(figure))
 
@@ -71,9 +73,12 @@ def _line(axes: Any, found: list[tuple[int, Metric]], name: str, look: tuple[str
     axes.fill_between(at, [m.low for _, m in found], [m.high for _, m in found], color=colour, alpha=0.12, linewidth=0)
 
 
-def _dot(axes: Any, metric: Metric, y: float, colour: str, filled: bool) -> None:
-    axes.plot([metric.low, metric.high], [y, y], color=colour, linewidth=1.2, clip_on=True)
-    axes.plot([metric.value], [y], "o", color=colour, markersize=6, markerfacecolor=colour if filled else "white")
+def _dot(axes: Any, metric: Metric, y: float, look: tuple[str, str]) -> None:
+    colour, marker = look
+    filled = marker == "D"
+    axes.plot([metric.low, metric.high], [y, y], color=colour, linewidth=1.4 if filled else 0.6)
+    face = colour if filled else "white"
+    axes.plot([metric.value], [y], marker, color=colour, markersize=6 if filled else 4, markerfacecolor=face)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -8,14 +8,15 @@ from taskvec.regress.alignment import Alignment
 from taskvec.results import Metric
 
 VANILLA, EXAMPLES, YARDSTICK = "vanilla", "own-examples", "yardstick"
+LENGTH = "length"
 WRONG, MEAN, SHUFFLED = "wrong-function", "mean-over-functions", "shuffled"
 
 
 @dataclass(frozen=True)
 class RegressRow:
     """One method (or control) at one place. `test` names what is varied; `examples` stand before each query; `mse` is
-    against the true value; `variance` is what predicting 0 gives in training; `n` functions
-    (items, of texts). `unparsed` texts were no number, and count as 0."""
+    against the true value; `variance` is what predicting 0 gives in training; `n` functions (items, of texts). The
+    learner was trained on up to `trained` examples. `unparsed` texts were no number, and count as 0."""
 
     method: str
     control: str
@@ -28,6 +29,7 @@ class RegressRow:
     mse: Metric | None
     fidelity: Metric | None
     variance: float
+    trained: int = 0
     alignment: Alignment | None = None
     unparsed: int = 0
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from taskvec.regress.rows import EXAMPLES, WRONG, YARDSTICK, RegressRow
+from taskvec.regress.rows import EXAMPLES, LENGTH, VANILLA, YARDSTICK, RegressRow
 from taskvec.report.statistics import spearman
 from taskvec.report.tables import Table
 from taskvec.results import Metric
@@ -54,18 +54,16 @@ def fidelity_table(rows: Rows) -> Table:
         lines.append((name, *cells))
     where = _about(rows)
     caption = (
-        f"{where}: task fidelity (0: no task, 1: as good as the examples) and mean squared error, behind no examples "
-        "and behind another function's. Controls are named after their method."
+        f"{where}: task fidelity (at most 0: no task, 1: as good as the examples) and mean squared error, behind no "
+        "examples and behind other functions'. Controls are named after their method."
     )
-    header = ("vector", "fidelity, no examples", "mse", "fidelity, other's examples", "mse")
+    header = ("vector", "fidelity, no examples", "mse", "fidelity, others' examples", "mse")
     return Table("fidelity", caption, header, tuple(lines))
 
 
 def length_table(rows: Rows) -> Table:
     """Error by the number of examples."""
-    some = [
-        row for row in pick(rows, test="length") if row.control in ("", YARDSTICK, WRONG) and row.method != EXAMPLES
-    ]
+    some = pick(rows, test=LENGTH)
     lengths = sorted({row.examples for row in some})
     lines = [
         (name, *(_said(over_seeds(row.mse for row in pick(own, examples=k))) for k in lengths))
@@ -77,7 +75,7 @@ def length_table(rows: Rows) -> Table:
 
 def shift_table(rows: Rows) -> Table:
     """Error under shifts."""
-    some = [row for row in rows if row.test in SHIFTS and row.control in ("", WRONG) and row.method != EXAMPLES]
+    some = [row for row in rows if row.test in SHIFTS]
     tests = [test for test in SHIFTS if pick(some, test=test)]
     lines = [
         (name, *(_said(over_seeds(row.mse for row in pick(own, test=test))) for test in tests))
@@ -100,7 +98,7 @@ def alignment_table(rows: Rows) -> Table:
     k = lengths[-1] if lengths else 0
     caption = (
         f"{_about(rows)}: last states behind {k} examples, and those of the bare model at its best length: distance of "
-        f"means and of covariances (in units of the spread), two-sample statistic and its p value. {_predicts(rows)}"
+        f"means and of covariances (in units of the spread), two-sample statistic and its p value. {_predicts(some)}"
     )
     return Table("alignment", caption, ("vector", *parts, "mse"), tuple(lines))
 
@@ -129,9 +127,7 @@ def answer(rows: Rows) -> tuple[str, tuple[str, ...]]:
     kinds = {
         "carried the function": [name for name, metric in known.items() if metric.low > HALF],
         "carried some of it": [name for name, metric in known.items() if 0 < metric.low <= HALF],
-        "could not be told from a vector of another function everywhere": [
-            name for name, metric in known.items() if metric.low <= 0
-        ],
+        "did not, or not everywhere": [name for name, metric in known.items() if metric.low <= 0],
     }
     said = "; ".join(f"{', '.join(names)} {verb}" for verb, names in kinds.items() if names)
     lead = f"Does a vector carry the function? {said}." if said else "No task fidelity was measured."
@@ -140,33 +136,33 @@ def answer(rows: Rows) -> tuple[str, tuple[str, ...]]:
 
 def _carried(rows: Rows) -> dict[str, Metric]:
     """Each method's fidelity over both tests, all learners and seeds: the widest interval."""
-    tests = [row for row in rows if row.test in FIDELITY and not row.control and row.method != "constant"]
+    beside = (VANILLA, EXAMPLES, "constant")
+    tests = [row for row in rows if row.test in FIDELITY and not row.control and row.method not in beside]
     found = {name: over_seeds(row.fidelity for row in some) for name, some in _named(tests)}
     return {name: metric for name, metric in found.items() if metric is not None}
 
 
 def _beyond(rows: Rows) -> Iterator[str]:
     """What helps behind the most examples, learner by learner."""
-    for learner in _unique(row.learner for row in pick(rows, test="length")):
-        some = pick(rows, learner=learner, test="length", control="")
+    for learner in _unique(row.learner for row in pick(rows, test=LENGTH)):
+        some = pick(rows, learner=learner, test=LENGTH, control="")
         longest = max(row.examples for row in some)
         found = {name: over_seeds(row.mse for row in own) for name, own in _named(pick(some, examples=longest))}
-        named = sorted((metric.value, name) for name, metric in found.items() if metric and name != EXAMPLES)
+        named = sorted((metric.value, name) for name, metric in found.items() if metric is not None)
         order = ", ".join(f"{name} {value:.2f}" for value, name in named)
         yield f"{learner} behind {longest} examples, errors from the lowest: {order}."
 
 
 def _predicts(rows: Rows) -> str:
-    """Does the distance predict the error?"""
-    some = [row for row in rows if row.alignment is not None and row.mse is not None]
+    """Does the distance predict the error, over methods and controls at one number of examples?"""
     said = []
-    for what, name in (("means", "mean"), ("covariances", "covariance")):
-        pairs = np.array([(getattr(row.alignment, name), row.mse.value) for row in some if row.mse])
-        rho = spearman(pairs, [row.method for row in some]) if len(pairs) > 2 else None
+    for what, name in (("means", "mean"), ("covariances", "covariance"), ("mmd", "mmd")):
+        pairs = np.array([(getattr(row.alignment, name), row.mse.value) for row in rows if row.mse])
+        rho = spearman(pairs, [row.method for row in rows]) if len(pairs) > 2 else None
         if rho is not None:
             said.append(f"{what} {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]")
-    clusters = "over all numbers of examples, seeds and controls; whole methods are resampled"
-    return f"Rank correlation with the error, {clusters}: {', '.join(said)}." if said else ""
+    over = "over methods, controls and seeds; whole methods are resampled"
+    return f"Rank correlation with the error {over}: {', '.join(said)}." if said else ""
 
 
 def _about(rows: Rows) -> str:

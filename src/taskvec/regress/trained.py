@@ -3,6 +3,7 @@
 Shapes: F functions, S sites, L layers, J heads, d width of the residual stream.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
+from taskvec.errors import InputError
 from taskvec.evaluate import Lessons
 from taskvec.methods.learnable import Form, basis
 from taskvec.regress.ground import Prompts, Support
@@ -76,6 +78,8 @@ class Trainee:
                 best, best_loss, misses = theta.detach().clone(), loss, 0
             if misses >= training.patience:
                 break
+        if dev is not None and not math.isfinite(best_loss):
+            raise InputError("a learning rate that trains", f"no finite dev loss at {training.lr}", "lower it")
         return theta.detach() if dev is None else best
 
     def vectors(self, rows: Float[Tensor, "F S d"]) -> list[TaskVector]:
@@ -135,13 +139,13 @@ class LearnableVectors:
 
 @dataclass(frozen=True)
 class LearnedVectors:
-    """Learned task vector: for each function a vector at one layer, trained on `per` of the function's own placed
-    prompts a step; the layer is chosen on `look`. The rate is `lr_rms` of the site's rms."""
+    """Learned task vector: for each function a vector at one layer, trained on its own placed prompts (`batch` a step,
+    of all functions); the layer is chosen on `look`. The rate is `lr_rms` of the site's rms."""
 
     name: ClassVar[str] = "learned"
     lr_rms: float = 0.05
     steps: int = 100
-    per: int = 4
+    batch: int = 256
 
     def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
         """Choose the layer: half of each function's prompts train, the other half decides."""
@@ -154,7 +158,7 @@ class LearnedVectors:
         """A vector for each function at a layer."""
         site = Site("resid", layer)
         rms = float(states(learner, placed.encoded[:64], [site])[site].square().mean().sqrt())
-        training = Training(lr=self.lr_rms * rms, steps=self.steps, rounds=self.per)
+        training = Training(lr=self.lr_rms * rms, steps=self.steps, rounds=max(1, self.batch // placed.count))
         trainee = Trainee(learner, [site], (placed.count, 1, learner.width(site)))
         with learner.frozen():
             return trainee.vectors(trainee.run(training, (placed, lambda theta: theta), None, seed=seed))

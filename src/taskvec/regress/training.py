@@ -1,8 +1,8 @@
 """Training a function learner (Garg et al., arXiv 2208.01066): fresh functions and points at every step.
 
 The loss is the mean squared error at every x of the prompt. Data depend on the configuration's seed and the step alone,
-so a run that was killed goes on from its checkpoint with the same bits. Where a loss is not finite, training stops, and
-what is kept is the last checkpoint before.
+so a run that was killed goes on from its checkpoint with the same bits. Where a loss is not finite or an error blows
+up, training stops, and what is kept is the last learner before.
 
 Shapes: B prompts, n points, d dimensions.
 """
@@ -23,11 +23,13 @@ from taskvec.evaluate.checkpoint import Checkpoint
 from taskvec.progress import note, track
 from taskvec.regress.config import LearnerConfig
 from taskvec.regress.functions import draw_inputs
-from taskvec.regress.learner import CONFIG, Learner, make_model, read_curve
+from taskvec.regress.learner import CONFIG, Learner, make_model, placed, read_curve
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.json"
 HELD_OUT = 512
 """Functions that the curve is measured on."""
+BLOWN = 100
+"""An error of so many times the variance is a divergence too."""
 Curve = list[dict[str, float]]
 
 
@@ -49,20 +51,19 @@ class _Trained:
                 p.copy_(values[name])
 
 
-def train(config: LearnerConfig, out: str | Path, *, resume: bool = False) -> Learner:
-    """Train, write a checkpoint and a point of the curve every `check` steps, and the learner at the end.
+def train(config: LearnerConfig, out: str | Path, *, resume: bool = False, device: str = "cpu") -> Learner:
+    """Train, and every `check` steps write a checkpoint, a point of the curve, and the learner as it is.
 
     Raises `InputError` for a folder that holds another training (or this one, without `resume`), and where training
-    diverges: the folder then still holds the last good checkpoint.
+    diverges: the folder then still holds the last good learner.
     """
     folder = Path(out)
-    key = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
-    held = Checkpoint(folder / CHECKPOINT, key)
+    held = Checkpoint(folder / CHECKPOINT, config.hash)
     if folder.exists() and not folder.is_dir():
         raise InputError("a folder for the learner", f"{folder}, a file", "name another")
     if any((folder / name).exists() for name in (CHECKPOINT, CONFIG)) and not resume:
         raise InputError("a new folder", f"{folder} holds a training", "pass --resume, or name another")
-    model = make_model(config)
+    model = placed(make_model(config), device)
     trained = _Trained(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, foreach=True)
     done, _, _ = held.load(trained, optimizer)
@@ -76,11 +77,13 @@ def train(config: LearnerConfig, out: str | Path, *, resume: bool = False) -> Le
             raise _diverged(config, folder, step, curve)
         if (step + 1) % config.check == 0 or step + 1 == config.steps:
             error = float(errors_by_examples(learner, HELD_OUT, seed=config.seed)[-1])
-            if not math.isfinite(error):
+            if not error <= BLOWN * config.family.variance:
                 raise _diverged(config, folder, step, curve)
             curve.append({"step": float(step + 1), "loss": loss, "error": error})
             _write_log(folder, curve)
             held.save(trained, optimizer, (step + 1, error, 0))
+            Learner(model, config, curve=curve).save_pretrained(folder)
+            model.train()
             note(f"learner {config.name}, step {step + 1}: error {error / config.family.variance:.3f} of the variance")
     learner = Learner(model, config, curve=curve)
     learner.save_pretrained(folder)
@@ -146,9 +149,9 @@ def _seed(seed: int, what: str, step: int) -> int:
 
 
 def _diverged(config: LearnerConfig, folder: Path, step: int, curve: Curve) -> InputError:
-    kept = f"the checkpoint of step {int(curve[-1]['step'])} is kept in {folder}" if curve else "no checkpoint yet"
+    kept = f"the learner of step {int(curve[-1]['step'])} is kept in {folder}" if curve else "none was kept yet"
     return InputError(
-        "a loss that stays finite", f"it diverged at step {step + 1} of {config.name}; {kept}", "lower lr or clip"
+        "a loss that stays bounded", f"it diverged at step {step + 1} of {config.name}; {kept}", "lower lr or clip"
     )
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from taskvec.evaluate.drawing import head_sites, projected_heads
 from taskvec.evaluate.ridge import solve
@@ -72,12 +73,12 @@ def states(learner: Learner, prompts: Sequence[Encoded], sites: Sequence[Site]) 
     return replay(learner, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
 
 
-def head_means(learner: Learner, clean: Prompts) -> Float[Tensor, "F L J w"]:
-    """The mean output of every head at the query, for each function."""
+def head_means(learner: Learner, clean: Prompts, *, first: int = 0) -> Float[Tensor, "F L J w"]:
+    """The mean output of every head at the query, for each function, over its prompts from `first` on."""
     sites = head_sites(learner)
     found = states(learner, clean.encoded, sites)
     rows = torch.stack([found[site] for site in sites], 1).reshape(clean.count, clean.per, len(sites), -1)
-    return rows.mean(1).reshape(clean.count, len(sites), learner.n_heads, -1)
+    return rows[:, first:].mean(1).reshape(clean.count, len(sites), learner.n_heads, -1)
 
 
 def best_of(prompts: Prompts, candidates: Sequence[Sequence[TaskVector]]) -> int:
@@ -88,16 +89,16 @@ def best_of(prompts: Prompts, candidates: Sequence[Sequence[TaskVector]]) -> int
 
 @dataclass(frozen=True)
 class FunctionVectors:
-    """Function vector: the heads with the largest mean indirect effect over functions (their outputs put into prompts
-    with permuted values), each function's own mean outputs, the layer chosen on `look`. `share` of all heads is
-    summed (the published 35 of 96)."""
+    """Function vector: the heads with the largest mean indirect effect over functions (the means of a function's other
+    prompts put into its first one, with permuted values), each function's own mean outputs, the layer chosen on
+    `look`. `share` of all heads is summed (the published 35 of 96)."""
 
     name: ClassVar[str] = "function-vector"
     share: float = 35 / 96
 
     def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
         """Rank the heads, choose the layer."""
-        means = head_means(learner, teach.clean)
+        means = head_means(learner, teach.clean, first=min(1, teach.clean.per - 1))
         heads = [(layer, head) for layer in range(learner.n_layers) for head in range(learner.n_heads)]
         corrupt = teach.clean.permuted(seed=seed)
         one = [f * corrupt.per for f in range(corrupt.count)]
@@ -121,33 +122,32 @@ class FunctionVectors:
 @dataclass(frozen=True)
 class InContextVectors:
     """ICV as the regression paper has it: behind every block, the state at the last shown value minus that at its
-    point; mean plus first principal direction over a function's prompts, added to all tokens, norms kept."""
+    point, at unit length; mean plus first principal direction over a function's prompts, layer by layer; added to all
+    tokens, norms kept. The strength is chosen on `look`, the paper's 1.5 among them."""
 
     name: ClassVar[str] = "icv"
+    strengths: tuple[float, ...] = (*STRENGTHS, 1.5)
 
     def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
-        """Choose the strength on `look`."""
+        """Choose the strength."""
 
         def rows(support: Support) -> list[Float[Tensor, "L d"]]:
-            return [
-                direction(one.flatten(1), min(1, len(one) - 1)).reshape(one.shape[1:])
-                for one in self.differences(learner, support.clean)
-            ]
+            gaps = normalize(self.differences(learner, support.clean), dim=-1)
+            rank = min(1, gaps.shape[1] - 1)
+            return [torch.stack([direction(one[:, layer], rank) for layer in range(one.shape[1])]) for one in gaps]
 
         def steered(found: Sequence[Tensor], strength: float) -> list[TaskVector]:
             return [
-                TaskVector(
-                    tuple(
-                        Edit(Site("resid", layer), AddKeepNorm(part, strength), Where("all"))
-                        for layer, part in enumerate(row)
-                    )
-                )
-                for row in found
+                TaskVector(tuple(self.edit(layer, part, strength) for layer, part in enumerate(row))) for row in found
             ]
 
         tried = rows(look)
-        best = STRENGTHS[best_of(look.placed, [steered(tried, strength) for strength in STRENGTHS])]
+        best = self.strengths[best_of(look.placed, [steered(tried, strength) for strength in self.strengths])]
         return lambda support: steered(rows(support), best)
+
+    def edit(self, layer: int, row: Float[Tensor, " d"], strength: float) -> Edit:
+        """One layer's."""
+        return Edit(Site("resid", layer), AddKeepNorm(row, strength), Where("all"))
 
     def differences(self, learner: Learner, clean: Prompts) -> Float[Tensor, "F P L d"]:
         """h(y_k) - h(x_k) of the last example, behind every block."""
