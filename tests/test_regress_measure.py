@@ -498,6 +498,12 @@ def test_a_bench_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     assert measured == [0, 1, 1, 0]
 
 
+def test_processes_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Sizes(teach=2, look=2, test=3, clean=2, placed=2, queries=1, steps=2)
+    found = [regress_bench([learner()], tmp_path / str(n), seeds=(0, 1), sizes=sizes, jobs=n) for n in (1, 2)]
+    assert found[0] == found[1]
+
+
 def test_the_same_seed_measures_the_same() -> None:
     again = Bench(learner(), 0, SIZES)
     assert [one for one in rows() if one.test in ("no-examples", "other-examples")] == fidelity_rows(again)
@@ -505,7 +511,7 @@ def test_the_same_seed_measures_the_same() -> None:
 
 @pytest.mark.parametrize("seeds", [(), (-1,)])
 def test_a_bench_without_seeds_is_refused(seeds: tuple[int, ...], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a learner and a seed"):
+    with pytest.raises(InputError, match="a learner, a seed of 0 or more, a job"):
         regress_bench([learner()], tmp_path, seeds=seeds)
 
 

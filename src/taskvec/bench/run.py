@@ -88,12 +88,16 @@ def _start(grid: Grid, folder: RunFolder, load: Loader, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    Thread(target=_end_with_parent, daemon=True).start()
+    begin_worker()
     _HERE.append((load(), grid, folder, {}))
 
 
+def begin_worker() -> None:
+    """End with the parent: a run that was killed leaves nobody behind who writes into its folder."""
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
 def _end_with_parent() -> None:
-    """A run that was killed leaves nobody behind who writes into its folder."""
     parent = parent_process()
     if parent is not None:
         parent.join()

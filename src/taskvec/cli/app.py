@@ -171,6 +171,7 @@ def regress_bench(
     ] = DEFAULT_MODEL,
     seeds: Annotated[int, typer.Option("--seeds", help="How many seeds: 0, 1, ...")] = 3,
     functions: Annotated[int, typer.Option("--functions", help="Functions in the test.")] = 64,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes of one thread each.")] = 2,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -178,7 +179,8 @@ def regress_bench(
     from taskvec.cli import regress as run
     from taskvec.cli.work import ModelOptions
 
-    run.bench(learner, ModelOptions(text, device, None), out, seeds, functions, as_json=json)
+    sizes = run.Sizes(seeds, functions, jobs)
+    run.bench(learner, ModelOptions(text, device, None), out, sizes, as_json=json)
 
 
 @app.command()

@@ -38,19 +38,29 @@ def train(config: str, out: Path, device: str, *, resume: bool, as_json: bool) -
     show.say(f"Behind {settings.points - 1} examples {share:.1%} of the variance is left. Wrote {out}.")
 
 
-def bench(names: list[str] | None, text: ModelOptions, out: Path, seeds: int, functions: int, *, as_json: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is measured, in how many processes."""
+
+    seeds: int
+    functions: int
+    jobs: int
+
+
+def bench(names: list[str] | None, text: ModelOptions, out: Path, how: Sizes, *, as_json: bool) -> None:
     """Measure learners, and a language model on numbers as text."""
     from taskvec.regress.bench import regress_bench
     from taskvec.regress.learner import Learner, shipped
-    from taskvec.regress.measure import Sizes
+    from taskvec.regress.measure import Sizes as Counts
     from taskvec.regress.tables import all_tables, answer
+    from taskvec.regress.text import TextSizes
     from taskvec.regress.write import write_results
 
     learners = [Learner.from_pretrained(name, device=text.device or "cpu") for name in names or shipped()]
-    sizes = dataclasses.replace(Sizes(), test=functions)
+    sizes = dataclasses.replace(Counts(), test=how.functions)
     with shown():
-        lm = text.load() if text.name else None
-        rows = regress_bench(learners, out, seeds=range(seeds), sizes=sizes, lm=lm)
+        asked = (text.load(), TextSizes()) if text.name else None
+        rows = regress_bench(learners, out, seeds=range(how.seeds), sizes=sizes, text=asked, jobs=how.jobs)
     written = list[Path]()
     try:
         written = write_results(rows, out)

@@ -20,6 +20,8 @@ from taskvec.regress.functions import Functions, Inputs, draw_inputs
 from taskvec.regress.learner import Learner
 from taskvec.replay import Packed, Plain, replay
 
+POOLED = 512
+
 
 @dataclass(frozen=True)
 class Place:
@@ -99,9 +101,11 @@ class Prompts:
         return Prompts.of(self.learner, x, self.y, other.values)
 
     def pooled(self) -> "Prompts":
-        """All prompts as if they were of one function."""
-        x, y, values = (part.flatten(0, 1)[None] for part in (self.x, self.y, self.values))
-        return Prompts(self.learner, x, y, values, self.encoded)
+        """Prompts of all functions by turns, at most `POOLED`, as if they were of one function."""
+        parts = (part.transpose(0, 1).flatten(0, 1) for part in (self.x, self.y, self.values))
+        x, y, values = (part[None, :POOLED] for part in parts)
+        order = [f * self.per + turn for turn in range(self.per) for f in range(self.count)][:POOLED]
+        return Prompts(self.learner, x, y, values, tuple(self.encoded[i] for i in order))
 
     def permuted(self, *, seed: int) -> "Prompts":
         """The same points with each other's values: in each prompt the examples' are turned around by a drawn number of

@@ -46,7 +46,7 @@ class Sizes:
     clean: int = 8
     placed: int = 32
     queries: int = 4
-    steps: int = 150
+    steps: int = 100
 
     def __post_init__(self) -> None:
         least = {"teach": 1, "look": 1, "test": OTHERS + 1, "clean": 1, "placed": 2, "queries": 1, "steps": 2}

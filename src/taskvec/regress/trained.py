@@ -60,7 +60,8 @@ class Trainee:
         best = theta.detach().clone()
         best_loss, misses = dev(best) if dev is not None else float("inf"), 0
         for step in range(1, training.steps + 1):
-            turns = torch.randperm(prompts.per, generator=generator)[: training.rounds].tolist()
+            first = int(torch.randint(prompts.per, (1,), generator=generator))
+            turns = [(first + i) % prompts.per for i in range(min(training.rounds, prompts.per))]
             optimizer.param_groups[0]["lr"] = training.lr * (1 - (step - 1) / training.steps)
             optimizer.zero_grad()
             with torch.enable_grad():
@@ -145,7 +146,7 @@ class LearnedVectors:
     name: ClassVar[str] = "learned"
     lr_rms: float = 0.05
     steps: int = 100
-    batch: int = 256
+    batch: int = 128
 
     def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
         """Choose the layer: half of each function's prompts train, the other half decides."""
