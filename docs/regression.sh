@@ -8,3 +8,4 @@ run=$2
 mkdir -p docs/regression
 cp "$run/tables.md" docs/results/regression.md
 cp "$run"/*.svg docs/regression/
+"$bin/python" docs/regression_rows.py "$run/results.json" docs/results/regression.json

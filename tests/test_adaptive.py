@@ -483,6 +483,14 @@ def test_a_checkpoint_of_another_fit_is_refused(fields: Any, tmp_path: Path) -> 
         fit(replace(method, **fields))
 
 
+def test_a_folder_keeps_a_checkpoint_for_every_fit(tmp_path: Path) -> None:
+    method = replace(SMALL, checkpoint=str(tmp_path / "kept"))
+    made = [fit(method), fit(replace(method, lr=1e-3))]
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert torch.equal(fit(method).expansion.write, made[0].expansion.write)
+    assert not torch.equal(made[0].expansion.write, made[1].expansion.write)
+
+
 @pytest.mark.parametrize("content", [b"", b"x", b"\x00" * 64])
 def test_a_checkpoint_that_cannot_be_read_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "c.safetensors").write_bytes(content)

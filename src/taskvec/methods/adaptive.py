@@ -63,7 +63,8 @@ class AdaptiveTaskVector:
     - `units`: `rms` or `raw`, see above.
     - `lr`, `weight_decay`: Adam's; `rows`: training rows a task (paper: 90); `epochs` over them in batches of `batch`.
     - `patience`: epochs without a lower dev loss before it stops; `n_dev`: dev items a task.
-    - `checkpoint`: a file that is written after each epoch; where it exists, training goes on from there.
+    - `checkpoint`: a file (`.safetensors`) that is written after each epoch, or a folder with such a file for every fit
+      (one run, many seeds); where it exists, training goes on from there.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -145,7 +146,9 @@ class AdaptiveTaskVector:
         depends = {**asdict(replace(self, checkpoint="")), "seed": fitting.seed, "data": joint.hashes}
         depends |= {"target": fitting.lm.fingerprint, "reader": generator.lm.fingerprint}
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-        return Checkpoint(Path(self.checkpoint) if self.checkpoint else None, key)
+        path = Path(self.checkpoint)
+        path = path if path.suffix == ".safetensors" else path / f"{key[:16]}.safetensors"
+        return Checkpoint(path if self.checkpoint else None, key)
 
 
 @dataclass(frozen=True, eq=False)
