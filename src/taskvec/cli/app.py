@@ -184,6 +184,26 @@ def regress_bench(
 
 
 @app.command()
+def analyze(
+    vector: Annotated[Path, typer.Argument(help="The vector folder.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder for pictures, frames and the page.")],
+    what: Annotated[list[str] | None, typer.Option("--what", help="lens, sweep or all; repeatable.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Default: the model the vector was made for.")] = None,
+    data: Annotated[str, typer.Option("--data", help="A task of the vector's format; default: its own.")] = "",
+    n: Annotated[int, typer.Option("--n", help="Test items.")] = 40,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Look at what a saved vector does inside the model: pictures, and the numbers beside them."""
+    from taskvec.cli import analyze as run
+    from taskvec.cli.work import ModelOptions
+
+    looked = run.Looked(what or ["all"], data, n)
+    run.analyze(vector, ModelOptions(model or "", device, dtype), looked, out, as_json=json)
+
+
+@app.command()
 def generate(
     vector: Annotated[Path, typer.Argument(help="The vector folder.")],
     text: Annotated[str | None, typer.Argument(help="One input; it is put into the vector's template.")] = None,

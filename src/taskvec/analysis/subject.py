@@ -1,0 +1,114 @@
+"""A task vector where it works: its model, its task's prompts, and what is right there.
+
+Shapes: n prompts, V vocabulary, K labels, d width of the residual stream.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.errors import InputError
+from taskvec.evaluate.observe import check_template, encode_answers, first_tokens
+from taskvec.hooks import check_fits, require
+from taskvec.lm import LM, Encoded
+from taskvec.prompts import Example
+from taskvec.replay import Ask, Trial, replay
+from taskvec.sites import Site
+from taskvec.tasks import Split, Task
+from taskvec.vector import Add, Edit, TaskVector
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One vector, added to the residual stream at the last prompt token, on the first `n` test items of a task.
+
+    Analyses move it to other layers and strengths, so it has to be one such edit.
+    """
+
+    lm: LM
+    vector: TaskVector
+    split: Split
+    demos: tuple[Example, ...]
+    seed: int = 0
+
+    @classmethod
+    def of(cls, lm: LM, vector: TaskVector, task: Task, *, n: int = 40, seed: int = 0) -> "Subject":
+        """Raises `VectorMismatch` for a vector of another model or template, `InputError` for one that is not one
+        addition to the residual stream at the last prompt token, and for fewer than two items."""
+        if n < 2:
+            raise InputError("at least two items", f"n = {n}", "raise it")
+        check_fits(lm, vector)
+        check_template(task.spec, vector.origin)
+        edits = vector.edits
+        there = len(edits) == 1 and edits[0].site.kind == "resid" and isinstance(edits[0].op, Add)
+        if not there or edits[0].where.kind not in ("last_prompt", "each_last"):
+            found = ", ".join(f"{type(edit.op).__name__.lower()} at {edit.site} ({edit.where})" for edit in edits)
+            wanted = "one vector added at resid[l], at the last prompt token"
+            raise InputError(wanted, found or "no edit", "analyse a vector of function-vector or learned")
+        require(lm, edits[0].site)
+        shown = vector.origin.demos if vector.origin is not None else ()
+        demos = shown or task.train.demonstrations(seed=seed)
+        return cls(lm, vector, replace(task.test, examples=task.test.examples[:n]), tuple(demos), seed)
+
+    @property
+    def edit(self) -> Edit:
+        """The vector's one edit."""
+        return self.vector.edits[0]
+
+    @property
+    def layer(self) -> int:
+        """Where it is added."""
+        assert self.edit.site.layer is not None
+        return self.edit.site.layer
+
+    @property
+    def direction(self) -> Float[Tensor, " d"]:
+        """What is added, its strength counted."""
+        assert isinstance(self.edit.op, Add)
+        return self.edit.op.vector * self.edit.strength
+
+    def added(self, row: Float[Tensor, " d"], layer: int) -> TaskVector:
+        """Another row, or layer, in its place."""
+        return TaskVector((Edit(Site("resid", layer), Add(row), self.edit.where),))
+
+    def random(self, number: int) -> Float[Tensor, " d"]:
+        """The null: a random direction of the same norm."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + number)
+        row = torch.randn(self.direction.shape, generator=generator)
+        scaled: Tensor = row * self.direction.norm() / row.norm()
+        return scaled
+
+    @cached_property
+    def bare(self) -> list[Encoded]:
+        """The zero-shot prompts."""
+        return self._prompts(())
+
+    @cached_property
+    def behind(self) -> list[Encoded]:
+        """The same queries behind the demonstrations."""
+        return self._prompts(self.demos)
+
+    @cached_property
+    def golds(self) -> list[int]:
+        """The first token of each item's answer."""
+        return [int(gold[0]) for gold in encode_answers(self.lm, self.split)[0]]
+
+    @cached_property
+    def labels(self) -> list[int]:
+        """The first tokens of the task's outputs, each once."""
+        return sorted({int(tokens[0]) for tokens in first_tokens(self.lm, self.split)})
+
+    def states(
+        self, prompts: Sequence[Encoded], vector: TaskVector | None, sites: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "n d"]]:
+        """The states at the last prompt token."""
+        trials = [Trial(i, vector) for i in range(len(prompts))]
+        return replay(self.lm, prompts).answer(trials, Ask(states=tuple(sites))).states
+
+    def _prompts(self, shown: Sequence[Example]) -> list[Encoded]:
+        format = self.split.spec.format
+        return [self.lm.encode(format.prompt(example.input, shown)) for example in self.split.examples]
