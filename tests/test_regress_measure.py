@@ -398,7 +398,7 @@ def test_every_method_has_its_controls_at_every_place() -> None:
 
 def test_lengths_go_from_half_the_trained_one_to_the_last_position() -> None:
     assert bench().lengths == [1, 2, 3, 4, 6, 8]
-    assert trained_bench().lengths == [1, 3, 4, 5, 9, 10, 11, 15, 20, 30, 40]
+    assert trained_bench().lengths == [3, 5, 9, 10, 11, 15, 20, 30, 40]
     assert sorted({one.examples for one in rows() if one.test == "length"}) == bench().lengths
 
 

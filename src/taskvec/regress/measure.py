@@ -41,7 +41,7 @@ class Sizes:
     the steps of trained methods."""
 
     teach: int = 64
-    look: int = 32
+    look: int = 16
     test: int = 64
     clean: int = 8
     placed: int = 32
@@ -114,7 +114,7 @@ class Bench:
     def lengths(self) -> list[int]:
         """Numbers of examples: around the dimension, up to the trained one, and as far beyond as positions reach."""
         d, k, most = self.learner.settings.d, self.trained, self.learner.settings.positions - 1
-        wanted = {1, d, d + 1, k // 2, k - 1, k, k + 1, 3 * k // 2, 2 * k, 3 * k, most}
+        wanted = {d, k // 2, k - 1, k, k + 1, 3 * k // 2, 2 * k, 3 * k, most}
         return sorted(n for n in wanted if 1 <= n <= most)
 
 
