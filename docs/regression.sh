@@ -1,5 +1,5 @@
 #!/bin/sh
-# The regression page: measure the shipped learners and numbers as text, keep tables and pictures. Twenty minutes on two
+# The regression page: measure the shipped learners and numbers as text, keep tables and pictures. Half an hour on two
 # cores; alone on the machine, please. A run that was stopped goes on. Usage: docs/regression.sh BIN RUN
 set -eu
 bin=$1
