@@ -1,6 +1,6 @@
 #!/bin/sh
-# The regression page: measure the shipped learners and numbers as text, keep tables and pictures. Half an hour on two
-# cores; alone on the machine, please. A run that was stopped goes on. Usage: docs/regression.sh BIN RUN
+# The regression page: measure the shipped learners and numbers as text, keep tables and pictures. The learners take
+# twenty-one minutes on two cores, the texts were not timed; alone on the machine, please. A run that was stopped goes on. Usage: docs/regression.sh BIN RUN
 set -eu
 bin=$1
 run=$2

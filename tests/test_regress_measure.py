@@ -522,6 +522,7 @@ def test_learners_of_one_name_are_not_mixed(tmp_path: Path) -> None:
 
 def test_results_tables_pictures_and_page_are_written(tmp_path: Path) -> None:
     names = {path.name for path in write_results(rows(), tmp_path)}
+    write_results(rows(), tmp_path / "again")
     pictures = {f"mini-{kind}.svg" for kind in ("fidelity", "methods", "yardsticks")}
     assert names == {"results.json", "tables.md", "report.html"} | pictures
     plain = json.loads((tmp_path / "results.json").read_text())
@@ -531,7 +532,7 @@ def test_results_tables_pictures_and_page_are_written(tmp_path: Path) -> None:
     assert page.count("data:image/svg+xml;base64,") == 3
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     for path in tmp_path.glob("*.svg"):
-        assert path.read_text() == (tmp_path / path.name).read_text()
+        assert path.read_text() == (tmp_path / "again" / path.name).read_text()
         assert "<script" not in path.read_text()
 
 

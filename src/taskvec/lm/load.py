@@ -163,6 +163,15 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def on_device(model: Any, device: str) -> Any:
+    """The model on a device. Raises `InputError` for one that this torch cannot use."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        found = f"{device!r} ({str(error).splitlines()[0]})"
+        raise InputError("a device this torch can use", found, "name another") from None
+
+
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """The dtype called `float32`, `bfloat16` or `float16` (None: as the model says)."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

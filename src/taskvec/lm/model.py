@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from taskvec.errors import InputError, MissingSite, PromptTooLong
 from taskvec.lm.encode import Batch, Encoded, Running, token_roles
 from taskvec.lm.identity import fingerprint, tokenizer_hash
-from taskvec.lm.load import load, parse_dtype
+from taskvec.lm.load import load, on_device, parse_dtype
 from taskvec.lm.structure import Block, find_blocks, in_width, out_width
 from taskvec.prompts import Prompt, PromptFormat
 from taskvec.sites import Site
@@ -83,11 +83,7 @@ class LM:
         wanted = dtype if isinstance(dtype, torch.dtype) else parse_dtype(dtype)
         model, tokenizer, found = load(name, revision=revision, dtype=wanted)
         if device is not None:
-            try:
-                model = model.to(device)
-            except (RuntimeError, AssertionError) as error:
-                found_error = str(error).splitlines()[0]
-                raise InputError("a device this torch can use", f"{device!r} ({found_error})", "name another") from None
+            model = on_device(model, device)
         return cls(model, tokenizer, name=name, revision=found)
 
     # --- what the model is -------------------------------------------------------------------------------------------

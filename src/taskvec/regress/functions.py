@@ -8,6 +8,7 @@
 Shapes: F functions, n points, d dimensions, m hidden units. Everything is float32 on the CPU.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,6 +112,16 @@ def _tree(family: FunctionClass, count: int, generator: torch.Generator) -> Rule
         return found
 
     return rule
+
+
+def seed_of(seed: int, what: str) -> int:
+    """A generator's seed for one use."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:8]) >> 1
+
+
+def generator_of(seed: int, what: str) -> torch.Generator:
+    """A generator for one use."""
+    return torch.Generator().manual_seed(seed_of(seed, what))
 
 
 def draw_inputs(

@@ -6,7 +6,6 @@ query stands (`Place`) is the test: behind examples of its own function, behind 
 Shapes: F functions, P prompts of each, k examples, d dimensions.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from taskvec.errors import InputError
 from taskvec.lm import Encoded
-from taskvec.regress.functions import Functions, Inputs, draw_inputs
+from taskvec.regress.functions import Functions, Inputs, draw_inputs, generator_of
 from taskvec.regress.learner import Learner
 from taskvec.replay import Packed, Plain, replay
 
@@ -56,11 +55,11 @@ class Prompts:
         """`per` prompts of each function. Standard queries depend on the seed and `what` alone, the same at every
         place; no query is drawn with examples of any length."""
         count, n, d = functions.count, place.examples + 1, learner.settings.d
-        x = draw_inputs((count * per, n, d), _generator(seed, f"examples {what} {n}"), place.inputs)
+        x = draw_inputs((count * per, n, d), generator_of(seed, f"examples {what} {n}"), place.inputs)
         if place.inputs == "standard":
-            x[:, -1] = torch.randn(count * per, d, generator=_generator(seed, f"queries {what}"))
+            x[:, -1] = torch.randn(count * per, d, generator=generator_of(seed, f"queries {what}"))
         true = functions(x.reshape(count, per * n, d)).reshape(count, per, n)
-        generator = _generator(seed, f"shown {what} {n}")
+        generator = generator_of(seed, f"shown {what} {n}")
         if not place.own:
             others = learner.settings.family.draw(count * per, generator)
         shown = true if place.own else others(x).reshape(count, per, n)
@@ -110,7 +109,7 @@ class Prompts:
     def permuted(self, *, seed: int) -> "Prompts":
         """The same points with each other's values: in each prompt the examples' are turned around by a drawn number of
         places, and so are the queries' among a function's prompts. No value stays where it was."""
-        generator = _generator(seed, "permuted")
+        generator = generator_of(seed, "permuted")
         y = torch.cat([_turned(self.y[..., :-1], generator), self.y[..., -1:]], -1)
         return Prompts.of(self.learner, self.x, y, _turned(self.values, generator))
 
@@ -157,15 +156,6 @@ def _turned(values: Float[Tensor, "... n"], generator: torch.Generator) -> Float
         return values
     by = torch.randint(1, n, (*values.shape[:-1], 1), generator=generator)
     return values.gather(-1, (torch.arange(n) + by) % n)
-
-
-def _generator(seed: int, what: str) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_of(seed, what))
-
-
-def seed_of(seed: int, what: str) -> int:
-    """A generator's seed for one use."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:8]) >> 1
 
 
 def owners(prompts: Prompts) -> list[int]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from taskvec.errors import DataError, InputError, PromptTooLong, UnknownName, VectorMismatch, unknown
 from taskvec.files import replaced
 from taskvec.lm import LM, Encoded
+from taskvec.lm.load import on_device
 from taskvec.lm.model import Text
 from taskvec.prompts import Prompt, PromptFormat
 from taskvec.regress.config import LearnerConfig, checked
@@ -44,7 +45,7 @@ def make_model(config: LearnerConfig) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # the CPU's alone, which is put back behind this
         sizes = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads}
         dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
         model = GPT2LMHeadModel(
@@ -93,7 +94,7 @@ class Learner(LM):
         if made != config.hash:
             found = f"those of another configuration in {folder}"
             raise VectorMismatch(f"the weights of the learner {config.name}", found, "use its own configuration")
-        model = placed(fill(make_model(config), tensors, str(folder)), device)
+        model = on_device(fill(make_model(config), tensors, str(folder)), device)
         return cls(model, config, curve=read_curve(folder / CURVE))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -202,15 +203,6 @@ def numbers(text: str) -> list[float]:
 def squared_error(logits: Float[Tensor, "t 1"], target: Float[Tensor, " t"]) -> Tensor:
     """A task's loss for learners: the mean squared error of the predictions."""
     return (logits[:, 0].float() - target).square().mean()
-
-
-def placed(model: Any, device: str) -> Any:
-    """The model on a device. Raises `InputError` for one that this torch cannot use."""
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        found = f"{device!r} ({str(error).splitlines()[0]})"
-        raise InputError("a device this torch can use", found, "name another") from None
 
 
 def fill(model: Any, tensors: dict[str, Tensor], place: str) -> Any:

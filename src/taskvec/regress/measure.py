@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
 from taskvec.regress.alignment import alignment
 from taskvec.regress.fidelity import fidelity
-from taskvec.regress.functions import FunctionClass, Functions
-from taskvec.regress.ground import Place, Prompts, Support, owners, seed_of, shifted
+from taskvec.regress.functions import FunctionClass, Functions, generator_of, seed_of
+from taskvec.regress.ground import Place, Prompts, Support, owners, shifted
 from taskvec.regress.learner import Learner
 from taskvec.regress.rows import EXAMPLES, LENGTH, MEAN, SHUFFLED, VANILLA, WRONG, YARDSTICK, RegressRow
 from taskvec.regress.trained import ConstantVectors, LearnableVectors, LearnedVectors, Training
@@ -79,7 +78,7 @@ class Bench:
 
     def functions(self, what: str, count: int, family: FunctionClass | None = None) -> Functions:
         """New functions for one use."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, f"functions {what}"))
+        generator = generator_of(self.seed, f"functions {what}")
         return (family or self.learner.settings.family).draw(count, generator)
 
     def support(self, what: str, functions: Functions, place: Place) -> Support:

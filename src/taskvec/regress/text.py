@@ -24,8 +24,7 @@ from taskvec.evaluate import Condition, observe
 from taskvec.lm import LM
 from taskvec.methods import Method
 from taskvec.prompts import Example, PromptFormat
-from taskvec.regress.functions import FunctionClass
-from taskvec.regress.ground import seed_of
+from taskvec.regress.functions import FunctionClass, generator_of
 from taskvec.regress.rows import SHUFFLED, YARDSTICK, RegressRow
 from taskvec.results import mean
 from taskvec.tasks import Task, TaskSpec
@@ -47,7 +46,7 @@ class TextSizes:
 
 def text_task(family: FunctionClass, sizes: TextSizes, *, seed: int) -> Task:
     """One function of the class as a task of texts: the same function for demonstrations, queries and test."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "text"))
+    generator = generator_of(seed, "text")
     count = 3 * sizes.n_test + sizes.shots + sizes.queries  # at most 40 % are test, 20 % dev
     x = torch.randn(1, 2 * count, family.d, generator=generator, dtype=torch.float64)
     x = ((x * 10**DECIMALS).round() / 10**DECIMALS).unique(dim=1)

@@ -7,7 +7,6 @@ up, training stops, and what is kept is the last learner before.
 Shapes: B prompts, n points, d dimensions.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -20,10 +19,12 @@ from torch import Tensor
 
 from taskvec.errors import InputError
 from taskvec.evaluate.checkpoint import Checkpoint
+from taskvec.files import replaced
+from taskvec.lm.load import on_device
 from taskvec.progress import note, track
 from taskvec.regress.config import LearnerConfig
-from taskvec.regress.functions import draw_inputs
-from taskvec.regress.learner import CONFIG, Learner, make_model, placed, read_curve
+from taskvec.regress.functions import draw_inputs, generator_of
+from taskvec.regress.learner import CONFIG, Learner, make_model, read_curve
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.json"
 HELD_OUT = 512
@@ -63,7 +64,7 @@ def train(config: LearnerConfig, out: str | Path, *, resume: bool = False, devic
         raise InputError("a folder for the learner", f"{folder}, a file", "name another")
     if any((folder / name).exists() for name in (CHECKPOINT, CONFIG)) and not resume:
         raise InputError("a new folder", f"{folder} holds a training", "pass --resume, or name another")
-    model = placed(make_model(config), device)
+    model = on_device(make_model(config), device)
     trained = _Trained(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, foreach=True)
     done, _, _ = held.load(trained, optimizer)
@@ -93,7 +94,7 @@ def train(config: LearnerConfig, out: str | Path, *, resume: bool = False, devic
 def batch(config: LearnerConfig, step: int) -> tuple[Float[Tensor, "B n d"], Float[Tensor, "B n"]]:
     """A step's points and values."""
     d, n = config.stage(step)
-    generator = torch.Generator().manual_seed(_seed(config.seed, "train", step))
+    generator = generator_of(config.seed, f"train {step}")
     functions = config.family.draw(config.batch, generator)
     x = draw_inputs((config.batch, n, config.d), generator)
     x[:, :, d:] = 0
@@ -121,7 +122,7 @@ def predictions(learner: Learner, x: Float[Tensor, "B n d"], y: Float[Tensor, "B
 def errors_by_examples(learner: Learner, count: int, *, seed: int, points: int | None = None) -> Float[Tensor, " n"]:
     """The mean squared error on new functions with 0, 1, ... examples."""
     config = learner.settings
-    generator = torch.Generator().manual_seed(_seed(seed, "held out", 0))
+    generator = generator_of(seed, "held out 0")
     n = config.points if points is None else points
     if not 1 <= n <= config.positions:
         raise InputError(f"1 to {config.positions} points", str(n), "use as many as there are positions")
@@ -143,11 +144,6 @@ def _step(learner: Learner, optimizer: torch.optim.Optimizer, step: int) -> floa
     return float(loss.detach())
 
 
-def _seed(seed: int, what: str, step: int) -> int:
-    """A seed for one use and step."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {what} {step}".encode()).digest()[:8]) >> 1
-
-
 def _diverged(config: LearnerConfig, folder: Path, step: int, curve: Curve) -> InputError:
     kept = f"the learner of step {int(curve[-1]['step'])} is kept in {folder}" if curve else "none was kept yet"
     return InputError(
@@ -156,8 +152,6 @@ def _diverged(config: LearnerConfig, folder: Path, step: int, curve: Curve) -> I
 
 
 def _write_log(folder: Path, curve: Curve) -> None:
-    from taskvec.files import replaced
-
     with replaced(folder / LOG) as new:
         new.write_text(json.dumps(curve) + "\n", "utf-8")
 
