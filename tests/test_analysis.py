@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-from taskvec.analysis import ANALYSES, Subject
-from taskvec.analysis.lens import MEASURES, RANDOM, alignment, lens, read, top_tokens
+from taskvec.analysis import ANALYSES, Beside, Subject
+from taskvec.analysis.lens import MEASURES, RANDOM, alignment, lens, read, span, top_tokens
 from taskvec.analysis.sweep import PASSAGE, STRENGTHS, sweep
 from taskvec.cli.app import app
 from taskvec.errors import InputError, VectorMismatch
@@ -27,7 +27,7 @@ from taskvec.sites import Site
 from taskvec.tasks import load_task
 from taskvec.vector import Add, AddKeepNorm, Edit, TaskVector, Where
 from tests import tiny
-from tests.reference import both_families, open_task, run
+from tests.reference import both_families, label_task, open_task, run
 
 ROW = tiny.random_vector(32, 4)
 
@@ -38,7 +38,7 @@ def vector(layer: int = 0, row: Tensor = ROW, **fields: Any) -> TaskVector:
 
 @cache
 def subject(family: str = "llama", layer: int = 0) -> Subject:
-    return Subject.of(tiny.tiny_lm(family), vector(layer), open_task(), n=4, seed=1)
+    return Subject.of(tiny.tiny_lm(family), vector(layer), open_task(), n=4, seed=1, beside=Beside(label_task()))
 
 
 def value(frame: pl.DataFrame, **of: Any) -> float:
@@ -120,7 +120,7 @@ def test_a_layer_is_read_by_the_models_norm_and_head(family: str) -> None:
 def test_alignment_is_the_share_of_the_norm_in_the_span() -> None:
     rows = torch.eye(5)[:2] * torch.tensor([[3.0], [0.5]])
     h = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 2, 0, 0], [3, 0, 0, 4, 0]])
-    torch.testing.assert_close(alignment(rows, h), torch.tensor([1.0, 0.0, 0.6]))
+    torch.testing.assert_close(alignment(span(rows), h), torch.tensor([1.0, 0.0, 0.6]))
 
 
 def test_the_lens_has_every_condition_layer_and_measure() -> None:
@@ -162,7 +162,18 @@ def test_layers_below_the_vector_are_as_without_it() -> None:
 
 def test_a_sweep_has_every_setting_and_its_null() -> None:
     found = sweep(subject()).frame
-    assert found.shape == (2 * subject().lm.n_layers * len(STRENGTHS) * 3, 7)
+    assert found.shape == (2 * subject().lm.n_layers * len(STRENGTHS) * 4 + 1, 7)
+
+
+def test_a_sweep_shows_what_becomes_of_another_task() -> None:
+    one = subject()
+    prompts, golds = one.others
+    change = {2: lambda h: torch.cat([h[:-1], h[-1:] + 2 * ROW])}
+    hits = [int(run(one.lm.model, p.ids, change).logits[-1].argmax()) == g for p, g in zip(prompts, golds, strict=True)]
+    found = sweep(one)
+    at = {"vector": "vector", "layer": 2, "strength": 2.0, "measure": f"accuracy on {label_task().name}"}
+    assert value(found.frame, **at) == pytest.approx(float(np.mean(hits)))
+    assert f"few-shot {label_task().name} falls" in found.says
 
 
 def test_damage_is_the_loss_of_a_passage_with_the_vector_everywhere() -> None:
@@ -193,6 +204,9 @@ def test_a_sweeps_accuracy_and_distance_are_those_of_plain_passes() -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+ASKED = ["analyze", "--against", "tiny_next_vowel"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, task = tmp_path_factory.mktemp("made") / "v", load_task("tiny_upper", shots=4, n_test=8)
@@ -202,15 +216,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_writes_pictures_frames_and_a_page(folder: Path, tmp_path: Path) -> None:
-    run_ = CliRunner().invoke(app, ["analyze", str(folder), "--out", str(tmp_path / "run"), "--n", "4", "--json"])
+    run_ = CliRunner().invoke(app, [*ASKED, str(folder), "--out", str(tmp_path / "run"), "--n", "8", "--json"])
     assert run_.exit_code == 0, run_.output
     found = json.loads(run_.stdout)
+    assert set(found["left_out"]) == {"geometry"}  # there is no library
+    assert "--beside" in found["left_out"]["geometry"]
+    made = [name for name in ANALYSES if name != "geometry"]
     assert {Path(path).name for path in found["files"]} == {
-        *(f"{name}.{end}" for name in ANALYSES for end in ("svg", "csv")),
+        *(f"{name}.{end}" for name in made for end in ("svg", "csv")),
         "report.html",
     }
-    assert set(found["rows"]) == set(found["says"]) == set(ANALYSES)
-    for name in ANALYSES:
+    assert set(found["rows"]) == set(found["says"]) == set(made)
+    for name in made:
         assert pl.read_csv(tmp_path / "run" / f"{name}.csv").shape[0] == len(found["rows"][name])
     assert found["says"]["lens"].split(";")[0] in (tmp_path / "run" / "report.html").read_text()
 
@@ -221,6 +238,24 @@ def test_one_analysis_may_be_asked_for(folder: Path, tmp_path: Path) -> None:
     assert run_.exit_code == 0, run_.output
     assert run_.stdout.startswith("Logit lens: What the stream says")
     assert not (tmp_path / "run" / "sweep.csv").exists()
+
+
+def test_what_was_asked_for_by_name_is_not_left_out(folder: Path, tmp_path: Path) -> None:
+    asked = ["analyze", str(folder), "--out", str(tmp_path / "run"), "--n", "4", "--what", "geometry", "--what", "lens"]
+    run_ = CliRunner().invoke(app, asked)
+    assert "at least 3 other vectors" in str(run_.exception)
+
+
+def test_a_library_is_named_by_its_folders(folder: Path, tmp_path: Path) -> None:
+    task, lm, beside = load_task("tiny_spell", shots=4, n_test=8), LM.load("tiny"), list[str]()
+    for seed in range(3):
+        made = LearnedTaskVector(layer=1, steps=1, n_dev=2, queries=8, batch=4).fit(lm, task.train, task.dev, seed=seed)
+        made.save_pretrained(tmp_path / str(seed))
+        beside += ["--beside", str(tmp_path / str(seed))]
+    asked = [*ASKED, str(folder), *beside, "--out", str(tmp_path / "run"), "--n", "4", "--what", "geometry"]
+    run_ = CliRunner().invoke(app, asked)
+    assert run_.exit_code == 0, run_.output
+    assert run_.stdout.startswith("Geometry of a library: 4 vectors of 2 tasks.")
 
 
 def test_an_unknown_analysis_names_its_neighbour(folder: Path, tmp_path: Path) -> None:

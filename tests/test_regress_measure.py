@@ -178,7 +178,7 @@ def test_predictions_are_those_of_inject() -> None:
 
 def test_head_means_are_those_of_each_functions_own_prompts() -> None:
     clean = support(Place(2)).clean
-    found = head_means(learner(), clean)
+    found = head_means(clean)
     for f in range(clean.count):
         rows = []
         for prompt in clean.encoded[f * clean.per : (f + 1) * clean.per]:
@@ -193,7 +193,7 @@ def test_a_function_vector_sums_the_functions_own_heads_at_one_layer() -> None:
     write = FunctionVectors(share=1.0).fit(learner(), some, support(Place(5), 3, "look"), seed=0)
     vectors = write(some)
     assert len({vector.edits[0].site for vector in vectors}) == 1
-    for vector, means in zip(vectors, head_means(learner(), some.clean), strict=True):
+    for vector, means in zip(vectors, head_means(some.clean), strict=True):
         expected = torch.zeros(16)
         for layer in range(2):
             weight = learner().model.transformer.h[layer].attn.c_proj.weight.detach()  # Conv1D: (in, out)
@@ -236,7 +236,7 @@ def test_one_step_of_learnable_weights_is_adam_on_the_huber_loss_of_all_function
     some, look = support(Place(2)), support(Place(2), 3, "look")
     training = Training(lr=0.1, steps=1, rounds=SIZES.placed, check=1)
     vectors = LearnableVectors(training=training).fit(learner(), some, look, seed=0)(some)
-    fixed = [basis(learner(), means, "heads") for means in head_means(learner(), some.clean)]
+    fixed = [basis(learner(), means, "heads") for means in head_means(some.clean)]
     phi = torch.zeros(2, 2, requires_grad=True)
     losses = []
     for f in range(4):
@@ -425,7 +425,7 @@ def test_shifts_are_what_their_names_say() -> None:
 def test_the_mean_is_fitted_on_all_functions_together() -> None:
     place, some = Place(0), support(Place(0), 6, "test")
     fitted = Fitted(bench(), FunctionVectors(share=1.0), place, support(place), support(place, 3, "look"))
-    tried = fitted.tried(some)
+    tried = fitted.tried({"": some, MEAN: some.pooled(), SHUFFLED: some.permuted(seed=0)})
     own, middle = (torch.stack([v.edits[0].op.tensors()["vector"] for v in tried[name][0] if v]) for name in ("", MEAN))
     torch.testing.assert_close(middle, own.mean(0).expand(6, -1), atol=1e-5, rtol=1e-4)
     assert torch.equal(tried[WRONG][1][0].edits[0].op.tensors()["vector"], own[2])  # type: ignore[union-attr]

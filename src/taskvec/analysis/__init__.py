@@ -6,11 +6,26 @@ finding = ANALYSES["lens"](subject)     # finding.frame, finding.picture.svg, fi
 
 from collections.abc import Callable
 
+from taskvec.analysis.conflict import conflict
 from taskvec.analysis.finding import Finding
+from taskvec.analysis.geometry import geometry
+from taskvec.analysis.heads import heads
 from taskvec.analysis.lens import lens
-from taskvec.analysis.subject import Subject
+from taskvec.analysis.ov import ov
+from taskvec.analysis.propagation import propagation
+from taskvec.analysis.rotation import rotation
+from taskvec.analysis.subject import Beside, Subject
 from taskvec.analysis.sweep import sweep
 
-ANALYSES: dict[str, Callable[[Subject], Finding]] = {"lens": lens, "sweep": sweep}
+ANALYSES: dict[str, Callable[[Subject], Finding]] = {
+    "lens": lens,
+    "ov": ov,
+    "heads": heads,
+    "propagation": propagation,
+    "rotation": rotation,
+    "geometry": geometry,
+    "conflict": conflict,
+    "sweep": sweep,
+}
 
-__all__ = ["ANALYSES", "Finding", "Subject"]
+__all__ = ["ANALYSES", "Beside", "Finding", "Subject"]

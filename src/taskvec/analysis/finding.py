@@ -1,26 +1,46 @@
 """What an analysis returns: numbers with intervals, one picture, one sentence that says what to see."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from torch import Tensor
 
 from taskvec.files import replaced
+from taskvec.report.curves import Curve, Panel, as_drawings, as_svg
 from taskvec.report.pictures import Picture
-from taskvec.results import Metric
+from taskvec.results import Metric, mean, proportion
 
 Cells = Mapping[str, Any]
+Found = list[tuple[Cells, Metric]]
+"""Measured values: what each is of, and the value with its interval."""
 
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """`frame` has one row a measured value: what it is of, then `value`, `low`, `high`."""
+    """`found` has a row a measured value; `says` is the sentence under the `panels` of its picture."""
 
     name: str
-    picture: Picture
-    frame: pl.DataFrame
+    title: str
+    says: str
+    panels: tuple[Panel, ...]
+    found: Found
+
+    @cached_property
+    def frame(self) -> pl.DataFrame:
+        """Columns of what a value is of, then `value`, `low`, `high`."""
+        plain = [{**of, "value": m.value, "low": m.low, "high": m.high} for of, m in self.found]
+        return pl.DataFrame(plain, infer_schema_length=None)
+
+    @cached_property
+    def picture(self) -> Picture:
+        """As SVG, and as charts for a page."""
+        drawings = as_drawings(self.name, self.says, self.panels)
+        return Picture(self.name, self.title, self.says, as_svg(self.panels), tuple(drawings))
 
     def save(self, folder: Path) -> list[Path]:
         """Write the picture and the frame beside it, each in one step."""
@@ -31,6 +51,50 @@ class Finding:
         return paths
 
 
-def rows(found: Iterable[tuple[Cells, Metric]]) -> pl.DataFrame:
-    """A frame of measured values."""
-    return pl.DataFrame([{**of, "value": m.value, "low": m.low, "high": m.high} for of, m in found])
+def panel(
+    title: str,
+    found: Iterable[tuple[Cells, Metric]],
+    *,
+    by: str,
+    x: str = "layer",
+    where: Cells | None = None,
+    nulls: Sequence[str] = (),
+) -> Panel:
+    """A curve for each value of `by` among the rows that have all of `where`; `nulls` are dotted."""
+    curves: dict[str, list[tuple[int | float, Metric]]] = {}
+    for of, metric in found:
+        if (where or {}).items() <= of.items():
+            curves.setdefault(str(of[by]), []).append((of[x], metric))
+    made = (Curve(name, tuple(sorted(some, key=lambda one: one[0])), name in nulls) for name, some in curves.items())
+    return Panel(title, x, tuple(made))
+
+
+def places(
+    title: str, found: Iterable[tuple[Cells, Metric]], *, x: str, by: str, where: Cells, nulls: Sequence[str] = ()
+) -> Panel:
+    """The same over an axis of names."""
+    some = [(of, metric) for of, metric in found if where.items() <= of.items()]
+    names = list(dict.fromkeys(str(of[x]) for of, _ in some))
+    numbered = [({**of, x: names.index(str(of[x]))}, metric) for of, metric in some]
+    made = panel(title, numbered, by=by, x=x, nulls=nulls)
+    return Panel(made.title, "", made.curves, tuple(names))
+
+
+def average(values: Tensor | Sequence[float]) -> Metric:
+    """The mean of some items, which are not none."""
+    found = mean(np.asarray(values, dtype=np.float64))
+    assert found is not None
+    return found
+
+
+def share(hits: Tensor) -> Metric:
+    """The share of hits among some items, which are not none."""
+    found = proportion(np.asarray(hits, dtype=bool))
+    assert found is not None
+    return found
+
+
+def value(found: Found, **of: Any) -> Metric:
+    """The one value of this."""
+    (metric,) = (metric for cells, metric in found if of.items() <= cells.items())
+    return metric

@@ -16,17 +16,15 @@ Shapes: n prompts, K labels, d width of the residual stream.
 
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taskvec.analysis.finding import Cells, Finding, rows
+from taskvec.analysis.finding import Cells, Finding, Found, average, panel, share
 from taskvec.analysis.subject import Subject
-from taskvec.replay import Ask, Trial, replay
-from taskvec.report.pictures import Picture
-from taskvec.report.svg import LOOKS, line, panels, svg
-from taskvec.results import Metric, mean
+from taskvec.replay import Ask, Trial
+from taskvec.report.curves import Curve, Panel
+from taskvec.results import Metric
 from taskvec.sites import Site
 from taskvec.vector import Edit, Replace, TaskVector
 
@@ -35,6 +33,7 @@ NULLS = 20
 MEASURES = ("accuracy", "logit difference", "alignment")
 RANDOM = "alignment, random tokens"
 States = Mapping[Site, Float[Tensor, "n d"]]
+Spans = tuple[Float[Tensor, "d r"], list[Float[Tensor, "d r"]]]
 
 
 def lens(subject: Subject) -> Finding:
@@ -46,13 +45,14 @@ def lens(subject: Subject) -> Finding:
         "random vector": subject.states(subject.bare, subject.added(subject.random(0), subject.layer), sites),
         "few-shot": subject.states(subject.behind, None, sites),
     }
-    found = [one for name, states in conditions.items() for one in _measured(subject, name, states)]
+    both = spans(subject)
+    found = [one for name, states in conditions.items() for one in _measured(subject, name, states, both)]
     words = [subject.lm.decode([token]) for token in top_tokens(subject, subject.direction, 5)]
     says = (
         f"What the stream says at the last prompt token, by layer; the vector is added at {subject.edit.site}. Read by "
         f"itself it says {', '.join(map(repr, words))}."
     )
-    return Finding("lens", _picture(found, says), rows(found))
+    return Finding("lens", "Logit lens", says, _panels(found), found)
 
 
 def top_tokens(subject: Subject, row: Float[Tensor, " d"], count: int) -> list[int]:
@@ -61,25 +61,36 @@ def top_tokens(subject: Subject, row: Float[Tensor, " d"], count: int) -> list[i
     return [int(token) for token in logits.topk(count).indices]
 
 
-def alignment(rows: Float[Tensor, "K d"], h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """The share of each state's norm inside the span of rows."""
-    basis = torch.linalg.qr(rows.double().T).Q
-    share: Tensor = (h.double() @ basis).norm(dim=1) / h.double().norm(dim=1)
-    return share.float()
+def span(rows: Float[Tensor, "K d"]) -> Float[Tensor, "d r"]:
+    """An orthonormal basis of what rows span."""
+    basis: Tensor = torch.linalg.qr(rows.double().T).Q
+    return basis
+
+
+def alignment(basis: Float[Tensor, "d r"], h: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """The share of each state's norm inside a span."""
+    inside: Tensor = (h.double() @ basis).norm(dim=1) / h.double().norm(dim=1)
+    return inside.float()
+
+
+def spans(subject: Subject) -> Spans:
+    """That of the task's outputs' unembedding rows, and those of random tokens', as many."""
+    unembedding = subject.lm.model.get_output_embeddings().weight.detach().float().cpu()
+    generator = torch.Generator().manual_seed(subject.seed)
+    count = len(subject.labels)
+    sets = [torch.randperm(len(unembedding), generator=generator)[:count] for _ in range(NULLS)]
+    return span(unembedding[subject.labels]), [span(unembedding[some]) for some in sets]
 
 
 def read(subject: Subject, h: Float[Tensor, "n d"], keep: Callable[[int, Tensor], Tensor]) -> Float[Tensor, "n ..."]:
     """What to keep of the logits that the model's own end makes of states, row i in prompt i's place."""
     last = Site("resid", subject.lm.n_layers - 1)
     trials = [Trial(i, TaskVector((Edit(last, Replace(row)),))) for i, row in enumerate(h)]
-    return replay(subject.lm, subject.bare).answer(trials, Ask(keep=keep)).kept
+    return subject.engine.answer(trials, Ask(keep=keep)).kept
 
 
-def _measured(subject: Subject, name: str, states: States) -> Iterator[tuple[Cells, Metric]]:
-    labels = torch.tensor(subject.labels)
-    unembedding = subject.lm.model.get_output_embeddings().weight.detach().float().cpu()
-    generator = torch.Generator().manual_seed(subject.seed)
-    sets = [torch.randperm(len(unembedding), generator=generator)[: len(labels)] for _ in range(NULLS)]
+def _measured(subject: Subject, name: str, states: States, both: Spans) -> Iterator[tuple[Cells, Metric]]:
+    labels, (outputs, random) = torch.tensor(subject.labels), both
 
     def keep(i: int, logits: Tensor) -> Tensor:
         gold = subject.golds[i]
@@ -89,23 +100,15 @@ def _measured(subject: Subject, name: str, states: States) -> Iterator[tuple[Cel
 
     for site, h in states.items():
         hits, apart = read(subject, h, keep).T
-        nulls = torch.stack([alignment(unembedding[some], h) for some in sets]).mean(0)
-        own = alignment(unembedding[labels], h)
+        nulls = torch.stack([alignment(some, h) for some in random]).mean(0)
+        own = alignment(outputs, h)
         for measure, values in {**dict(zip(MEASURES, (hits, apart, own), strict=True)), RANDOM: nulls}.items():
-            metric = mean(np.asarray(values.double()))
-            assert metric is not None
+            metric = share(values > 0) if measure == "accuracy" else average(values)
             yield {"condition": name, "layer": site.layer, "measure": measure}, metric
 
 
-def _picture(found: list[tuple[Cells, Metric]], says: str) -> Picture:
-    figure, axes = panels(11.0, 3.4, len(MEASURES))
-    names = list(dict.fromkeys(of["condition"] for of, _ in found))
-    for ax, measure in zip(axes, MEASURES, strict=True):
-        for name, look in zip(names, LOOKS, strict=False):
-            curve = [(of["layer"], m) for of, m in found if of["condition"] == name and of["measure"] == measure]
-            line(ax, curve, name, look)
-        ax.set(xlabel="layer", title=measure)
-    null = [(of["layer"], m) for of, m in found if of["condition"] == "vector" and of["measure"] == RANDOM]
-    line(axes[2], null, "vector, random tokens", LOOKS[len(names)])
-    axes[2].legend(frameon=False, fontsize=7)
-    return Picture("lens", "Logit lens", says, svg(figure))
+def _panels(found: Found) -> tuple[Panel, ...]:
+    made = [panel(m, found, by="condition", where={"measure": m}, nulls=["random vector"]) for m in MEASURES]
+    (null,) = panel("", found, by="condition", where={"measure": RANDOM, "condition": "vector"}).curves
+    last = made.pop()
+    return (*made, Panel(last.title, last.x, (*last.curves, Curve("vector, random tokens", null.points, null=True))))

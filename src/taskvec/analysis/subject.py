@@ -8,18 +8,28 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from taskvec.analysis.finding import share
 from taskvec.errors import InputError
 from taskvec.evaluate.observe import check_template, encode_answers, first_tokens
 from taskvec.hooks import check_fits, require
 from taskvec.lm import LM, Encoded
 from taskvec.prompts import Example
-from taskvec.replay import Ask, Trial, replay
+from taskvec.replay import Ask, Packed, Plain, Trial, replay
+from taskvec.results import Metric
 from taskvec.sites import Site
 from taskvec.tasks import Split, Task
 from taskvec.vector import Add, Edit, TaskVector
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What a vector is compared with: another task, for side effects and conflicts; other vectors of its model."""
+
+    task: Task | None = None
+    vectors: tuple[TaskVector, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,28 +41,37 @@ class Subject:
 
     lm: LM
     vector: TaskVector
+    task: Task
     split: Split
     demos: tuple[Example, ...]
     seed: int = 0
+    beside: Beside = Beside()
 
     @classmethod
-    def of(cls, lm: LM, vector: TaskVector, task: Task, *, n: int = 40, seed: int = 0) -> "Subject":
+    def of(
+        cls,
+        lm: LM,
+        vector: TaskVector,
+        task: Task,
+        *,
+        n: int = 40,
+        seed: int = 0,
+        beside: Beside = Beside(),
+    ) -> "Subject":
         """Raises `VectorMismatch` for a vector of another model or template, `InputError` for one that is not one
         addition to the residual stream at the last prompt token, and for fewer than two items."""
         if n < 2:
             raise InputError("at least two items", f"n = {n}", "raise it")
         check_fits(lm, vector)
         check_template(task.spec, vector.origin)
-        edits = vector.edits
-        there = len(edits) == 1 and edits[0].site.kind == "resid" and isinstance(edits[0].op, Add)
-        if not there or edits[0].where.kind not in ("last_prompt", "each_last"):
-            found = ", ".join(f"{type(edit.op).__name__.lower()} at {edit.site} ({edit.where})" for edit in edits)
-            wanted = "one vector added at resid[l], at the last prompt token"
-            raise InputError(wanted, found or "no edit", "analyse a vector of function-vector or learned")
-        require(lm, edits[0].site)
+        site, _ = one_addition(vector)
+        require(lm, site)
         shown = vector.origin.demos if vector.origin is not None else ()
         demos = shown or task.train.demonstrations(seed=seed)
-        return cls(lm, vector, replace(task.test, examples=task.test.examples[:n]), tuple(demos), seed)
+        for one in beside.vectors:
+            check_fits(lm, one)
+        split = replace(task.test, examples=task.test.examples[:n])
+        return cls(lm, vector, task, split, tuple(demos), seed, beside)
 
     @property
     def edit(self) -> Edit:
@@ -68,8 +87,7 @@ class Subject:
     @property
     def direction(self) -> Float[Tensor, " d"]:
         """What is added, its strength counted."""
-        assert isinstance(self.edit.op, Add)
-        return self.edit.op.vector * self.edit.strength
+        return one_addition(self.vector)[1]
 
     def added(self, row: Float[Tensor, " d"], layer: int) -> TaskVector:
         """Another row, or layer, in its place."""
@@ -102,6 +120,33 @@ class Subject:
         """The first tokens of the task's outputs, each once."""
         return sorted({int(tokens[0]) for tokens in first_tokens(self.lm, self.split)})
 
+    @cached_property
+    def engine(self) -> Packed | Plain:
+        """The zero-shot prompts, for vectors at their last token."""
+        return replay(self.lm, self.bare, keep=True)
+
+    @cached_property
+    def others(self) -> tuple[list[Encoded], list[int]]:
+        """The other task's test items behind its demonstrations, at most as many as this one's; the first tokens of
+        their answers. Raises `InputError` without another task."""
+        if self.beside.task is None:
+            raise InputError("another task", "none", "name one with --against")
+        test = self.beside.task.test
+        split = replace(test, examples=test.examples[: len(self.split.examples)])
+        demos = self.beside.task.train.demonstrations(seed=self.seed)
+        prompts = [self.lm.encode(split.spec.format.prompt(one.input, demos)) for one in split.examples]
+        return prompts, [int(gold[0]) for gold in encode_answers(self.lm, split)[0]]
+
+    def hits(self, vectors: Sequence[TaskVector | None]) -> Bool[Tensor, " n"]:
+        """Which items' likeliest first token is the answer's, each under a vector of its own (zero-shot prompts)."""
+        trials = [Trial(i, vector) for i, vector in enumerate(vectors)]
+        found: Tensor = self.engine.answer(trials, Ask(keep=likeliest)).kept == torch.tensor(self.golds)
+        return found
+
+    def accuracy(self, vector: TaskVector | None) -> Metric:
+        """The share of hits under one vector."""
+        return share(self.hits([vector] * len(self.bare)))
+
     def states(
         self, prompts: Sequence[Encoded], vector: TaskVector | None, sites: Sequence[Site]
     ) -> dict[Site, Float[Tensor, "n d"]]:
@@ -112,3 +157,20 @@ class Subject:
     def _prompts(self, shown: Sequence[Example]) -> list[Encoded]:
         format = self.split.spec.format
         return [self.lm.encode(format.prompt(example.input, shown)) for example in self.split.examples]
+
+
+def likeliest(_: int, logits: Float[Tensor, " V"]) -> Tensor:
+    """The likeliest token, as what to keep of logits (a whole number: floats hold any vocabulary's)."""
+    return logits.argmax().float()
+
+
+def one_addition(vector: TaskVector) -> tuple[Site, Float[Tensor, " d"]]:
+    """Where a vector is added, and what, its strength counted. Raises `InputError` for any other vector than one that
+    is added to the residual stream at the last prompt token."""
+    edits = vector.edits
+    there = len(edits) == 1 and edits[0].site.kind == "resid" and isinstance(edits[0].op, Add)
+    if not there or edits[0].where.kind not in ("last_prompt", "each_last"):
+        found = ", ".join(f"{type(edit.op).__name__.lower()} at {edit.site} ({edit.where})" for edit in edits)
+        wanted = "one vector added at resid[l], at the last prompt token"
+        raise InputError(wanted, found or "no edit", "analyse a vector of function-vector or learned")
+    return edits[0].site, edits[0].op.tensors()["vector"] * edits[0].strength

@@ -1,10 +1,10 @@
 """Layer x strength, with side effects: where the vector works, and what it breaks.
 
 At every layer and strength the vector, and a random one of equal norm (the null), are added at the last prompt token of
-the task's queries; and at every token of a passage that has nothing to do with the task. Measured: the share of items
-whose likeliest next token is the answer's first; how far the next-token distribution is from few-shot's (d_ntp over the
-vocabulary, nats); and by how many nats a token of the passage becomes less likely. A vector that works only where it
-breaks the passage must show it.
+the task's queries; at that of another task's few-shot prompts; and at every token of a passage that has nothing to do
+with the task. Measured: the share of items whose likeliest next token is the answer's first; how far the next-token
+distribution is from few-shot's (d_ntp over the vocabulary, nats); the other task's accuracy; and by how many nats a
+token of the passage becomes less likely. A vector that works only where it breaks other things must show it.
 
 Shapes: n prompts, V vocabulary.
 """
@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from taskvec.analysis.finding import Cells, Finding, rows
-from taskvec.analysis.subject import Subject
+from taskvec.analysis.finding import Cells, Finding, Found, average, panel, share, value
+from taskvec.analysis.subject import Subject, likeliest
 from taskvec.evaluate.metrics import kl
 from taskvec.lm import Encoded
 from taskvec.replay import Ask, Trial, replay
-from taskvec.report.pictures import Picture
-from taskvec.report.svg import LOOKS, line, panels, svg
-from taskvec.results import Metric, mean
+from taskvec.results import Metric
 from taskvec.vector import Edit, TaskVector, Where
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
@@ -44,8 +42,16 @@ def sweep(subject: Subject) -> Finding:
     depth = subject.lm.n_layers
     layers = sorted({*np.linspace(0, depth - 1, min(LAYERS, depth)).round().astype(int).tolist(), subject.layer})
     settings: list[Marks] = [(name, layer, s) for name in ("vector", "random") for layer in layers for s in STRENGTHS]
-    found = [*_on_task(subject, settings), *_on_passage(subject, settings)]
-    return Finding("sweep", _picture(found, _best(found)), rows(found))
+    found = [*_on_task(subject, settings), *_on_other(subject, settings), *_on_passage(subject, settings)]
+    by_strength = [({**of, "curve": _curve(of)}, metric) for of, metric in found if "layer" in of]
+    measures = dict.fromkeys(of["measure"] for of, _ in by_strength)
+    nulls = [_curve({"vector": "random", "strength": strength}) for strength in STRENGTHS]
+    drawn = (panel(m, by_strength, by="curve", where={"measure": m}, nulls=nulls) for m in measures)
+    return Finding("sweep", "Layer and strength", _best(subject, found), tuple(drawn), found)
+
+
+def _curve(of: Cells) -> str:
+    return f"x {of['strength']:g}" + (", random" if of["vector"] == "random" else "")
 
 
 def _vector(subject: Subject, mark: Marks) -> TaskVector:
@@ -67,8 +73,23 @@ def _on_task(subject: Subject, settings: list[Marks]) -> Iterator[tuple[Cells, M
     for mark in settings:
         trials = [Trial(i, _vector(subject, mark)) for i in range(len(subject.bare))]
         hits, far = engine.answer(trials, Ask(keep=keep)).kept.T
-        yield _cells(mark, "accuracy"), _mean(hits)
-        yield _cells(mark, "d_ntp_full"), _mean(far)
+        yield _cells(mark, "accuracy"), share(hits > 0)
+        yield _cells(mark, "d_ntp_full"), average(far)
+
+
+def _on_other(subject: Subject, settings: list[Marks]) -> Iterator[tuple[Cells, Metric]]:
+    if subject.beside.task is None:
+        return
+    prompts, golds = subject.others
+    engine, measure = replay(subject.lm, prompts, keep=True), f"accuracy on {subject.beside.task.name}"
+
+    def hits(vector: TaskVector | None) -> Metric:
+        trials = [Trial(i, vector) for i in range(len(prompts))]
+        return share(engine.answer(trials, Ask(keep=likeliest)).kept == torch.tensor(golds))
+
+    yield {"vector": "none", "measure": measure}, hits(None)
+    for mark in settings:
+        yield _cells(mark, measure), hits(_vector(subject, mark))
 
 
 def _on_passage(subject: Subject, settings: list[Marks]) -> Iterator[tuple[Cells, Metric]]:
@@ -84,39 +105,25 @@ def _on_passage(subject: Subject, settings: list[Marks]) -> Iterator[tuple[Cells
         for mark in settings:
             moved = _vector(subject, mark).edits[0]
             everywhere = TaskVector((Edit(moved.site, moved.op, Where("all"), moved.strength),))
-            yield _cells(mark, "damage"), _mean(losses(everywhere) - clean)
+            yield _cells(mark, "damage"), average(losses(everywhere) - clean)
 
 
 def _cells(mark: Marks, measure: str) -> Cells:
     return {"vector": mark[0], "layer": mark[1], "strength": mark[2], "measure": measure}
 
 
-def _mean(values: Tensor) -> Metric:
-    found = mean(np.asarray(values.double()))
-    assert found is not None
-    return found
-
-
-def _best(found: list[tuple[Cells, Metric]]) -> str:
-    own = [(of, m) for of, m in found if of["vector"] == "vector"]
-    best, accuracy = max((one for one in own if one[0]["measure"] == "accuracy"), key=lambda one: one[1].value)
-    at = {of["measure"]: m for of, m in own if (of["layer"], of["strength"]) == (best["layer"], best["strength"])}
-    cost = f"{at['damage'].value:.2f} [{at['damage'].low:.2f}, {at['damage'].high:.2f}] nats a token of unrelated text"
-    return (
-        f"Best at layer {best['layer']}, strength {best['strength']:g}: {accuracy.value:.2f} of the answers' first "
-        f"tokens, at a cost of {cost} if it were added everywhere."
+def _best(subject: Subject, found: Found) -> str:
+    own = [one for one in found if one[0]["vector"] == "vector" and one[0]["measure"] == "accuracy"]
+    at, accuracy = max(own, key=lambda one: one[1].value)
+    setting = {name: at[name] for name in ("vector", "layer", "strength")}
+    damage = value(found, **setting, measure="damage")
+    cost = f"{damage.value:.2f} [{damage.low:.2f}, {damage.high:.2f}] nats a token of unrelated text"
+    says = (
+        f"Best at layer {at['layer']}, strength {at['strength']:g}: {accuracy.value:.2f} of the answers' first "
+        f"tokens, at a cost of {cost} if it were added everywhere"
     )
-
-
-def _picture(found: list[tuple[Cells, Metric]], says: str) -> Picture:
-    figure, axes = panels(11.0, 3.4, 3)
-    for ax, measure in zip(axes, ("accuracy", "d_ntp_full", "damage"), strict=True):
-        for strength, look in zip(STRENGTHS, LOOKS[1:], strict=False):
-            for name, style in (("vector", "-"), ("random", ":")):
-                wanted = {"vector": name, "strength": strength, "measure": measure}
-                curve = [(of["layer"], m) for of, m in found if wanted.items() <= of.items()]
-                line(ax, curve, f"x {strength:g}" + (", random" if name == "random" else ""), look)
-                ax.lines[-1].set_linestyle(style)
-        ax.set(xlabel="layer", title=measure)
-    axes[0].legend(frameon=False, fontsize=6)
-    return Picture("sweep", "Layer and strength", says, svg(figure))
+    if subject.beside.task is None:
+        return f"{says}."
+    measure = f"accuracy on {subject.beside.task.name}"
+    before, after = value(found, vector="none", measure=measure), value(found, **setting, measure=measure)
+    return f"{says}; few-shot {subject.beside.task.name} falls from {before.value:.2f} to {after.value:.2f} under it."

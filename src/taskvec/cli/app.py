@@ -187,9 +187,11 @@ def regress_bench(
 def analyze(
     vector: Annotated[Path, typer.Argument(help="The vector folder.")],
     out: Annotated[Path, typer.Option("--out", help="The folder for pictures, frames and the page.")],
-    what: Annotated[list[str] | None, typer.Option("--what", help="lens, sweep or all; repeatable.")] = None,
+    what: Annotated[list[str] | None, typer.Option("--what", help="An analysis, or all; repeatable.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Default: the model the vector was made for.")] = None,
     data: Annotated[str, typer.Option("--data", help="A task of the vector's format; default: its own.")] = "",
+    against: Annotated[str, typer.Option("--against", help="Another task, for conflict and side effects.")] = "",
+    beside: Annotated[list[Path] | None, typer.Option("--beside", help="Another vector's folder; repeatable.")] = None,
     n: Annotated[int, typer.Option("--n", help="Test items.")] = 40,
     device: Device = None,
     dtype: Dtype = None,
@@ -199,7 +201,7 @@ def analyze(
     from taskvec.cli import analyze as run
     from taskvec.cli.work import ModelOptions
 
-    looked = run.Looked(what or ["all"], data, n)
+    looked = run.Looked(what or ["all"], data, n, against, beside or [])
     run.analyze(vector, ModelOptions(model or "", device, dtype), looked, out, as_json=json)
 
 

@@ -51,6 +51,8 @@ from taskvec.tasks import Dev, Train
 from taskvec.vector import Add, Edit, Replace, TaskVector, Where
 
 Head = tuple[int, int]
+NOTHING = TaskVector(())
+"""No vector."""
 
 
 def indirect_effects(
@@ -59,13 +61,18 @@ def indirect_effects(
     golds: Sequence[Gold],
     means: Float[Tensor, "*own L J w"],
     heads: Sequence[Head],
+    *,
+    base: TaskVector = NOTHING,
 ) -> Float[Tensor, "n k"]:
-    """p(gold) with one head's last-token output replaced by its mean, minus p(gold) without: per prompt and head. Means
-    are the same for all prompts, or each prompt's own. Of a function learner: what the squared error falls by."""
+    """p(gold) with one head's last-token output replaced by its mean, minus p(gold) without: per prompt and head, both
+    under the `base` vector. Means are the same for all prompts, or each prompt's own. Of a function learner: what the
+    squared error falls by."""
     rows = means if means.dim() == 4 else means[None]
-    patches = [[TaskVector((Edit(Site("heads", *head), Replace(row[head])),)) for head in heads] for row in rows]
+    patches = [
+        [TaskVector((*base.edits, Edit(Site("heads", *head), Replace(row[head])))) for head in heads] for row in rows
+    ]
     own = patches if means.dim() == 4 else patches * len(prompts)  # one patch for all acts once in a pass
-    trials = [Trial(i, patch) for i, mine in enumerate(own) for patch in (None, *mine)]
+    trials = [Trial(i, patch) for i, mine in enumerate(own) for patch in (base, *mine)]
 
     def keep(trial: int, logits: Tensor) -> Tensor:
         return goodness(lm, logits, golds[trials[trial].prompt])
@@ -75,15 +82,20 @@ def indirect_effects(
 
 
 def attributions(
-    lm: LM, prompts: Sequence[Encoded], golds: Sequence[Gold], means: Float[Tensor, "L J w"]
+    lm: LM,
+    prompts: Sequence[Encoded],
+    golds: Sequence[Gold],
+    means: Float[Tensor, "L J w"],
+    *,
+    base: TaskVector = NOTHING,
 ) -> Float[Tensor, "n L J"]:
     """The same to first order, for all heads from one backward pass a prompt: grad of p(gold) by the head's output,
     times (mean - output)."""
     sites = head_sites(lm)
     engine = replay(lm, prompts)
-    states = engine.answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
+    states = engine.answer([Trial(i, base) for i in range(len(prompts))], Ask(states=tuple(sites))).states
     nudges = [torch.zeros(len(sites), means[0].numel(), requires_grad=True) for _ in prompts]
-    trials = [Trial(i, _nudged(sites, row)) for i, row in enumerate(nudges)]
+    trials = [Trial(i, TaskVector((*base.edits, *_nudged(sites, row).edits))) for i, row in enumerate(nudges)]
     with lm.frozen(), torch.enable_grad():
         for numbers, logits in engine.batches(trials):
             total = [goodness(lm, out[-1].float(), golds[i]) for i, out in zip(numbers, logits, strict=True)]

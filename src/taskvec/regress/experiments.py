@@ -27,9 +27,9 @@ def long_rows(bench: Bench) -> list[RegressRow]:
     stands += [("test", stand(bench, name, functions["test"], where)) for name, where in shifts(bench, place)]
     stands += [(name, stand(bench, name, functions[name], place)) for name in functions if name != "test"]
     out = [row for _, one in stands for row in one.bare()]
-    supports = {name: bench.support(name, some, place) for name, some in functions.items()}
+    supports = {name: bench.supports(name, some, place) for name, some in functions.items()}
     for writer, fitted in track(bench.fitted(place), f"length, seed {bench.seed}", len(writers())):
-        tried = {name: fitted.tried(support) for name, support in supports.items()}
+        tried = {name: fitted.tried(some) for name, some in supports.items()}
         out += [row for name, one in stands for row in one.rows(writer.name, tried[name])]
     return out
 
@@ -60,10 +60,10 @@ def fidelity_rows(bench: Bench) -> list[RegressRow]:
     functions = bench.functions("test", bench.sizes.test)
     out = list[RegressRow]()
     for name, place in (("no-examples", Place(0)), ("other-examples", Place(bench.trained, own=False))):
-        one, support = stand(bench, name, functions, place), bench.support("test", functions, place)
-        out += [*one.bare(), one.yardstick("least squares on the support", probe(support, one))]
+        one, supports = stand(bench, name, functions, place), bench.supports("test", functions, place)
+        out += [*one.bare(), one.yardstick("least squares on the support", probe(supports[""], one))]
         for writer, fitted in track(bench.fitted(place), f"fidelity, seed {bench.seed}", len(writers())):
-            out += one.rows(writer.name, fitted.tried(support))
+            out += one.rows(writer.name, fitted.tried(supports))
     return out
 
 

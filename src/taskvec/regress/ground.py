@@ -3,7 +3,7 @@
 A function is a task: its examples are what a vector is fitted on, and its own points what it is tested on. Where a
 query stands (`Place`) is the test: behind examples of its own function, behind another function's, or alone.
 
-Shapes: F functions, P prompts of each, k examples, d dimensions.
+Shapes: F functions, P prompts of each, k examples, d dimensions; L layers, J heads of a layer, w width of a head.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskvec.errors import InputError
+from taskvec.evaluate.drawing import head_sites
 from taskvec.lm import Encoded
 from taskvec.regress.functions import Functions, Inputs, draw_inputs, generator_of
 from taskvec.regress.learner import Learner
-from taskvec.replay import Packed, Plain, replay
+from taskvec.replay import Ask, Packed, Plain, Trial, replay
 
 POOLED = 512
 
@@ -93,6 +94,15 @@ class Prompts:
     def engine(self) -> Packed | Plain:
         """The prompts in an engine, for vectors at their last token."""
         return replay(self.learner, self.encoded, keep=True)
+
+    @cached_property
+    def heads(self) -> Float[Tensor, "F P L J w"]:
+        """What every head hands to its layer's output projection, at each query."""
+        learner, sites = self.learner, head_sites(self.learner)
+        trials = [Trial(i) for i in range(len(self.encoded))]
+        found = replay(learner, self.encoded).answer(trials, Ask(states=tuple(sites))).states
+        rows = torch.stack([found[site] for site in sites], 1)
+        return rows.reshape(self.count, self.per, len(sites), learner.n_heads, -1)
 
     def asked(self, other: "Prompts") -> "Prompts":
         """These examples, before the queries of other prompts of the same functions."""

@@ -32,6 +32,8 @@ from taskvec.vector import TaskVector
 OTHERS = 2
 """Other functions whose vectors are tried on each."""
 Vectors = Sequence[TaskVector | None]
+Supports = Mapping[str, Support]
+"""What vectors are made of, by the control's name."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Bench:
         sizes, seed = self.sizes, seed_of(self.seed, f"support {what}")
         return Support.draw(self.learner, functions, place, clean=sizes.clean, placed=sizes.placed, seed=seed)
 
+    def supports(self, what: str, functions: Functions, place: Place) -> Supports:
+        """Of functions that are tested, with those of the controls."""
+        own = self.support(what, functions, place)
+        return {"": own, MEAN: own.pooled(), SHUFFLED: own.permuted(seed=self.seed)}
+
     def fitted(self, place: Place) -> "Iterator[tuple[Writer, Fitted]]":
         """Each method, fitted for queries that stand at a place."""
         teach, look = (
@@ -121,20 +128,20 @@ class Fitted:
     """A method fitted on the class, and its vectors for given functions, with the controls."""
 
     def __init__(self, bench: Bench, writer: Writer, place: Place, teach: Support, look: Support) -> None:
-        self.seed, self.name = bench.seed, writer.name
+        self.name = writer.name
         self.write = writer.fit(bench.learner, teach, look, seed=bench.seed)
 
-    def tried(self, support: Support) -> dict[str, list[Vectors]]:
+    def tried(self, supports: Supports) -> dict[str, list[Vectors]]:
         """The vectors by the control's name ("": the method itself); of other functions there are several draws."""
-        own = self.write(support)
+        own = self.write(supports[""])
         if self.name == ConstantVectors.name:
             return {"": [own]}
         count = len(own)
         return {
             "": [own],
             WRONG: [[own[i] for i in shifted(count, by)] for by in range(1, OTHERS + 1)],
-            MEAN: [self.write(support.pooled()) * count],
-            SHUFFLED: [self.write(support.permuted(seed=self.seed))],
+            MEAN: [self.write(supports[MEAN]) * count],
+            SHUFFLED: [self.write(supports[SHUFFLED])],
         }
 
 

@@ -134,7 +134,7 @@ class LearnableVectors:
 
     def rows(self, learner: Learner, support: Support) -> Rows:
         """v_l = sum over j of phi_lj times what head (l, j) writes on average, for each function."""
-        fixed = torch.stack([basis(learner, mine, self.form) for mine in head_means(learner, support.clean)])
+        fixed = torch.stack([basis(learner, mine, self.form) for mine in head_means(support.clean)])
         return lambda phi: (phi[..., None] * fixed).sum(2)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from taskvec.evaluate.drawing import head_sites, projected_heads
+from taskvec.evaluate.drawing import projected_heads
 from taskvec.evaluate.ridge import solve
 from taskvec.lm import Encoded
 from taskvec.methods.function_vector import indirect_effects
@@ -73,12 +73,9 @@ def states(learner: Learner, prompts: Sequence[Encoded], sites: Sequence[Site]) 
     return replay(learner, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
 
 
-def head_means(learner: Learner, clean: Prompts, *, first: int = 0) -> Float[Tensor, "F L J w"]:
+def head_means(clean: Prompts, *, first: int = 0) -> Float[Tensor, "F L J w"]:
     """The mean output of every head at the query, for each function, over its prompts from `first` on."""
-    sites = head_sites(learner)
-    found = states(learner, clean.encoded, sites)
-    rows = torch.stack([found[site] for site in sites], 1).reshape(clean.count, clean.per, len(sites), -1)
-    return rows[:, first:].mean(1).reshape(clean.count, len(sites), learner.n_heads, -1)
+    return clean.heads[:, first:].mean(1)
 
 
 def best_of(prompts: Prompts, candidates: Sequence[Sequence[TaskVector]]) -> int:
@@ -98,7 +95,7 @@ class FunctionVectors:
 
     def fit(self, learner: Learner, teach: Support, look: Support, *, seed: int) -> Write:
         """Rank the heads, choose the layer."""
-        means = head_means(learner, teach.clean, first=min(1, teach.clean.per - 1))
+        means = head_means(teach.clean, first=min(1, teach.clean.per - 1))
         heads = [(layer, head) for layer in range(learner.n_layers) for head in range(learner.n_heads)]
         corrupt = teach.clean.permuted(seed=seed)
         one = [f * corrupt.per for f in range(corrupt.count)]
@@ -108,7 +105,7 @@ class FunctionVectors:
         chosen = [heads[i] for i in order[: max(1, round(self.share * len(heads)))]]
 
         def summed(support: Support) -> list[Tensor]:
-            written = (projected_heads(learner, mine) for mine in head_means(learner, support.clean))
+            written = (projected_heads(learner, mine) for mine in head_means(support.clean))
             return [torch.stack([rows[head] for head in chosen]).sum(0) for rows in written]
 
         def at(layer: int, rows: Sequence[Tensor]) -> list[TaskVector]:

@@ -21,6 +21,7 @@ from taskvec.replay.plain import ended, logprob, stack
 from taskvec.replay.stagger import grow_staggered, staggers
 from taskvec.replay.tree import ROOT, Segment, Tree
 from taskvec.replay.trials import Answers, Ask, Budget, Trial
+from taskvec.sites import Site
 from taskvec.vector import Edit, TaskVector
 
 KEPT_PARTS = 4  # passes joined in a kept grove: more would cost its trials more attention than they save passes
@@ -119,6 +120,14 @@ class Packed:
         """
         for tree, numbers, segments in self._chunks(trials):
             yield numbers, list(tree.grow(segments).logits)
+
+    def reached(self, trials: Sequence[Trial], site: Site) -> Iterator[tuple[list[int], Tensor]]:
+        """(numbers of some trials, their states (n, w) of a site at the last prompt token). Gradients flow, as in
+        `batches`."""
+        for tree, numbers, segments in self._chunks(trials):
+            seen = tree.grow(segments, states=(site,)).states
+            assert seen is not None
+            yield numbers, seen[site][0]
 
     @torch.no_grad()
     def answer(self, trials: Sequence[Trial], ask: Ask) -> Answers:

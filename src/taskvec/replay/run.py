@@ -32,7 +32,7 @@ def replay(
     if packs(lm) is not None:
         return Plain(lm, prompts)
     starts = [p.prompt_length - 1 for p in prompts] if starts is None else starts
-    return Packed(lm, prompts, starts, budget or Budget(), keep)
+    return Packed(lm, prompts, starts, budget or Budget.of(lm.config.hidden_size), keep)
 
 
 def packs(lm: LM) -> str | None:

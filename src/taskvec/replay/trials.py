@@ -53,6 +53,12 @@ class Budget:
     tokens: int = 1024
     bytes: int = 256 * 2**20
 
+    @classmethod
+    def of(cls, width: int) -> "Budget":
+        """For a model of this width: in narrow ones attention costs more than the rest of a pass, so passes are
+        shorter."""
+        return cls(tokens=min(cls.tokens, 8 * width))
+
     def rows(self, vocabulary: int) -> int:
         """How many rows of logits fit."""
         return max(1, self.bytes // (4 * vocabulary))

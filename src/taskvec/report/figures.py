@@ -89,7 +89,7 @@ def closeness(run: "Run") -> Drawing | None:
     log = min(p.d_ntp for p in found) > 0
     title = f"d_ntp: distance from few-shot, nats{' (log axis)' if log else ''}"
     x = _log_axis([p.d_ntp for p in found]) if log else {"zeroline": False}
-    figure = _figure(traces, x={"title": title} | x, y=_share("accuracy"))
+    figure = chart(traces, x={"title": title} | x, y=_share("accuracy"))
     return Drawing("closeness", "Closeness to few-shot and accuracy", _correlated(run, len(found)), figure)
 
 
@@ -126,7 +126,7 @@ def tokens(run: "Run") -> Drawing | None:
     aside = _aside(places)
     traces = [t for method, found in places.items() for t in _costing(run, method, found, aside[method])]
     axis = _log_axis([max(x, 1.0) for found in places.values() for _, x, _ in found])
-    figure = _figure(traces, x={"title": "tokens a query (log axis)"} | axis, y=_share("accuracy"))
+    figure = chart(traces, x={"title": "tokens a query (log axis)"} | axis, y=_share("accuracy"))
     return Drawing("tokens", "What the prompt costs", _read(places), figure)
 
 
@@ -205,7 +205,7 @@ def bars(run: "Run", task: str, number: int = 0) -> Drawing:
     means = {method: statistics.by_item(hits) for method, hits in found.items() if hits.size}
     traces = [t for method in run.scored for t in _bar(run, method, means.get(method))]
     x = _share("") | {"range": [0, 1.24]}
-    figure = _figure(traces, x=x, y=_named(run.scored), height=56 + 26 * len(run.scored))
+    figure = chart(traces, x=x, y=_named(run.scored), height=56 + 26 * len(run.scored))
     if "few-shot" in means:
         at = means["few-shot"].value
         figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line={"width": 1.5, "dash": "dot"})
@@ -248,7 +248,7 @@ def layers(run: "Run", task: str, number: int = 0) -> Drawing | None:
     if not curves:
         return None
     traces = [t for method, curve in curves.items() for t in _line(run, method, curve)]
-    figure = _figure(traces, x=_layer_axis(curves), y=_share("accuracy on dev"), height=250)
+    figure = chart(traces, x=_layer_axis(curves), y=_share("accuracy on dev"), height=250)
     return Drawing(f"layers-{number}", task, _peaks(curves), figure)
 
 
@@ -309,7 +309,7 @@ def cost(run: "Run", name: str) -> Drawing | None:
         return None
     traces = [_cost_bar(run, place, method, mean, unit) for place, (method, mean) in enumerate(means.items())]
     x = {"title": unit, "range": [0, 1.2 * (max(means.values()) or 1.0)], "nticks": 5}
-    figure = _figure(traces, x=x, y=_named(list(means)), height=80 + 26 * len(means))
+    figure = chart(traces, x=x, y=_named(list(means)), height=80 + 26 * len(means))
     return Drawing(name.replace("_", "-"), title, _spent(means, unit), figure)
 
 
@@ -379,7 +379,8 @@ def _share(title: str) -> dict[str, Any]:
     return {"title": title, "range": [-0.04, 1.04], "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1], "zeroline": False}
 
 
-def _figure(traces: list[dict[str, Any]], *, x: dict[str, Any], y: dict[str, Any], height: int = 420) -> Any:
+def chart(traces: list[dict[str, Any]], *, x: dict[str, Any], y: dict[str, Any], height: int = 420) -> Any:
+    """A plotly figure in the page's style."""
     import plotly.graph_objects as go
 
     axis = {"automargin": True, "ticks": "", "showline": False}

@@ -32,9 +32,14 @@ LONG = 12
 
 def page(run: "Run") -> str:
     """The page. Raises `MissingPackage` where plotly or jinja2 is not installed."""
-    plotly = _package("plotly.offline")
-    script = plotly.get_plotlyjs().replace("\r\n", "\n").replace("</script", "<\\/script")
+    script = plotly_script()
     return rendered("report.html.j2", **_content(run), plotly=script)
+
+
+def plotly_script() -> str:
+    """What draws the figures, to stand in a page. Raises `MissingPackage` where plotly is not installed."""
+    script = str(_package("plotly.offline").get_plotlyjs())
+    return script.replace("\r\n", "\n").replace("</script", "<\\/script")
 
 
 def rendered(template: str, **values: Any) -> str:

@@ -4,18 +4,20 @@ from base64 import b64encode
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from taskvec.report.page import rendered, view
+from taskvec.report.figures import Drawing
+from taskvec.report.page import plotly_script, rendered, view
 from taskvec.report.tables import Table
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG, and one sentence that says what to see."""
+    """An SVG, and one sentence that says what to see. Where there are `drawings`, the page shows them in its place."""
 
     name: str
     title: str
     says: str
     svg: str
+    drawings: tuple[Drawing, ...] = ()
 
     @property
     def base64(self) -> str:
@@ -36,6 +38,7 @@ class Page:
 
 
 def picture_page(page: Page) -> str:
-    """The page. Raises `MissingPackage` where jinja2 is not installed."""
+    """The page. Raises `MissingPackage` where jinja2 (and plotly, for drawings) is not installed."""
     tables = [view(table) for table in page.tables]
-    return rendered("pictures.html.j2", page=page, tables=tables, version=version("taskvec"), plotly="")
+    script = plotly_script() if any(picture.drawings for picture in page.pictures) else ""
+    return rendered("pictures.html.j2", page=page, tables=tables, version=version("taskvec"), plotly=script)

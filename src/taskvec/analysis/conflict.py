@@ -1,0 +1,114 @@
+"""Conflict (Hendel et al., arXiv 2310.15916, section 4): the prompt shows one task, the vector is another's. Who wins?
+
+Queries that both tasks have an answer for stand behind demonstrations of the `other` task, and the vector is added at
+every layer in turn (at its own strength). Counted: the likeliest first token is the vector's task's answer, or the
+other task's. The null is a random vector of equal norm; below layer 0 stands the prompt without any.
+
+Shapes: n items, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from taskvec.analysis.finding import Cells, Finding, Found, panel, share, value
+from taskvec.analysis.subject import Subject, likeliest
+from taskvec.errors import InputError
+from taskvec.evaluate.observe import encode_answers
+from taskvec.lm import Encoded
+from taskvec.replay import Ask, Trial, replay
+from taskvec.results import Metric
+from taskvec.tasks import Split, Task, builtin_tasks, load_task
+from taskvec.vector import TaskVector
+
+LEAST = 8
+"""Queries that have an answer in both tasks."""
+APART = "past_tense"
+"""The task for side effects where none has queries in common."""
+ALONE = -1
+"""The layer of no vector."""
+OWN, SHOWN, RANDOM = "the vector's task", "the prompt's task", ", random vector"
+
+
+def conflict(subject: Subject) -> Finding:
+    """Whose answers are given, by the vector's layer. Raises `InputError` without another task of enough common
+    queries."""
+    prompts, own, other = disputed(subject)
+    found: Found = list(_measured(subject, prompts, own, other))
+    nulls = [OWN + RANDOM, SHOWN + RANDOM]
+    drawn = (panel("whose answer, by the vector's layer", found, by="whose", where={}, nulls=nulls),)
+    return Finding("conflict", "Conflict", _says(subject, found, len(prompts)), drawn, found)
+
+
+def common(one: Split, task: Task) -> list[tuple[int, str]]:
+    """Which items of a split another task has a different answer for, and that answer."""
+    known = {example.input: example.output for example in task.examples}
+    pairs = [(i, known.get(example.input, example.output)) for i, example in enumerate(one.examples)]
+    return [(i, output) for i, output in pairs if output != one.examples[i].output]
+
+
+def rival(task: Task) -> str:
+    """The built-in task that answers most of a task's queries, differently; `APART` where none does."""
+    counts = dict[str, int]()
+    for name in builtin_tasks():
+        if name != task.name:
+            counts[name] = len(common(task.test, load_task(name, format=task.spec.format, shots=task.spec.shots)))
+    best = max(counts, key=lambda name: counts[name])
+    return best if counts[best] else APART
+
+
+def disputed(subject: Subject) -> tuple[list[Encoded], list[int], list[int]]:
+    """The prompts, and the first tokens of both tasks' answers; items where these are one token are left out."""
+    if subject.beside.task is None:
+        raise InputError("another task with the same queries", "none", "name one with --against")
+    test = subject.task.test
+    pairs = common(test, subject.beside.task)
+    examples = [test.examples[i] for i, _ in pairs]
+    theirs = [replace(example, output=output) for example, (_, output) in zip(examples, pairs, strict=True)]
+    golds, others = (
+        [int(gold[0]) for gold in encode_answers(subject.lm, replace(test, examples=tuple(some)))[0]] if some else []
+        for some in (examples, theirs)
+    )
+    kept = [i for i, (a, b) in enumerate(zip(golds, others, strict=True)) if a != b][: len(subject.bare)]
+    if len(kept) < LEAST:
+        found = f"{len(kept)} of {subject.task.name} and {subject.beside.task.name}"
+        wanted = f"at least {LEAST} test queries that both tasks answer, differently"
+        raise InputError(wanted, found, "try another --against")
+    asked = {examples[i].input for i in kept}
+    pool = [example for example in subject.beside.task.train.examples if example.input not in asked]
+    demos = replace(subject.beside.task.train, examples=tuple(pool)).demonstrations(seed=subject.seed)
+    format = subject.task.spec.format
+    prompts = [subject.lm.encode(format.prompt(examples[i].input, demos)) for i in kept]
+    return prompts, [golds[i] for i in kept], [others[i] for i in kept]
+
+
+def _measured(
+    subject: Subject, prompts: list[Encoded], own: list[int], other: list[int]
+) -> Iterator[tuple[Cells, Metric]]:
+    engine = replay(subject.lm, prompts, keep=True)
+
+    def said(vector: TaskVector | None) -> Tensor:
+        return engine.answer([Trial(i, vector) for i in range(len(prompts))], Ask(keep=likeliest)).kept
+
+    for end, row in (("", subject.direction), (RANDOM, subject.random(0))):
+        for layer in (ALONE, *range(subject.lm.n_layers)):
+            tokens = said(None if layer == ALONE else subject.added(row, layer))
+            for whose, golds in ((OWN, own), (SHOWN, other)):
+                yield {"whose": whose + end, "layer": layer}, share(tokens == torch.tensor(golds))
+
+
+def _says(subject: Subject, found: Found, n: int) -> str:
+    assert subject.beside.task is not None
+
+    def of(whose: str, layer: int) -> float:
+        return value(found, whose=whose, layer=layer).value
+
+    best = max(range(subject.lm.n_layers), key=lambda layer: of(OWN, layer))
+    return (
+        f"Behind examples of {subject.beside.task.name} the model answers {of(SHOWN, ALONE):.2f} of {n} queries as "
+        f"they say and {of(OWN, ALONE):.2f} as {subject.task.name} would; with the vector at layer {best} "
+        f"{of(SHOWN, best):.2f} and {of(OWN, best):.2f} (a random vector there: {of(SHOWN + RANDOM, best):.2f} and "
+        f"{of(OWN + RANDOM, best):.2f})."
+    )

@@ -1,0 +1,215 @@
+"""OV reconstruction (arXiv 2509.24169, section "Analyses"): does a vector act through what heads read off it?
+
+A vector theta at layer l is seen by every head above. With the attention weight c of the last token on itself and the
+norm's scale s(h) of the stream h that the head reads, both as in the run with the vector, head k of layer m gains
+
+    z_k = c_k W_V (theta * gamma) / s(h)        at the input of the output projection
+
+which is put in there, in all heads of layers l + 1 to m, in place of theta. Beside it stand: the weights left out
+(c = 1); the norm left to the vector itself (s(theta)); all gains at once, summed up at layer l; what MLPs make of
+theta (MLP(h + theta) - MLP(h)), put in the same way; and necessity: theta stays, and every gain is taken out. The null
+is a random vector of equal norm, treated the same.
+
+W_V theta needs no weights' names: attention over one token is its OV circuit, so it is read off the model's own
+one-token pass (grouped queries, fused projections and all). How the norm scales is found the same way, by trying.
+The paper leaves open whether theta passes the norm; without its scale the sum has no meaning in the model's stream.
+
+Shapes: n prompts, L layers, J query heads of a layer, w width of a head, d width of the residual stream.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.analysis.attention import attention
+from taskvec.analysis.finding import Cells, Finding, Found, panel, places, share, value
+from taskvec.analysis.subject import Subject
+from taskvec.errors import InputError
+from taskvec.evaluate.drawing import project
+from taskvec.lm import LM, Encoded
+from taskvec.replay import Ask, Trial, replay
+from taskvec.results import Metric
+from taskvec.sites import Site
+from taskvec.vector import Add, Edit, Replace, TaskVector
+
+STEPS = 8
+"""Upper layers at which the cumulative curves are measured."""
+VECTOR, NULL = "vector", "random vector"
+Gains = Mapping[int, Float[Tensor, "n Jw"]]
+"""What each prompt's heads gain, by layer."""
+
+
+def ov(subject: Subject) -> Finding:
+    """Accuracy with the OV path in the vector's place, cumulative by layer; and with the path taken out."""
+    top = subject.lm.n_layers - 1
+    if subject.layer >= top:
+        wanted = f"a vector below layer {top}, with heads above it"
+        raise InputError(wanted, f"one at {subject.edit.site}", "analyse one of an earlier layer")
+    found = list[tuple[Cells, Metric]]()
+    for name, row in ((VECTOR, subject.direction), (NULL, subject.random(0))):
+        found += [({"vector": name, **of}, metric) for of, metric in _measured(Path(subject, row))]
+    found.append(({"vector": "none", "way": "zero-shot"}, subject.accuracy(None)))
+    curves = [({**of, "curve": _curve(of)}, metric) for of, metric in found if "layer" in of]
+    nulls = [f"{way}, {NULL}" for way in ("ov", "mlp", "without ov")]
+    drawn = (
+        panel("in the vector's place, layers up to", curves, by="curve", where={"part": "instead"}, nulls=nulls),
+        panel("beside the vector, layers up to", curves, by="curve", where={"part": "beside"}, nulls=nulls),
+        places("all layers", found, x="way", by="vector", where={"part": "variants"}, nulls=[NULL]),
+    )
+    return Finding("ov", "OV reconstruction", _says(found), drawn, found)
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """A row added in the vector's place, and what the layers above make of it."""
+
+    subject: Subject
+    row: Float[Tensor, " d"]
+
+    @cached_property
+    def vector(self) -> TaskVector:
+        """The row where the vector was."""
+        return self.subject.added(self.row, self.subject.layer)
+
+    @property
+    def above(self) -> range:
+        """The layers above it."""
+        return range(self.subject.layer + 1, self.subject.lm.n_layers)
+
+    @cached_property
+    def weights(self) -> Float[Tensor, "n L J"]:
+        """The last token's attention to itself, in the run with the row."""
+        return torch.stack([one[..., -1] for one in attention(self.subject.lm, self.subject.bare, self.vector)])
+
+    @cached_property
+    def scales(self) -> Mapping[int, Float[Tensor, " n"]]:
+        """The norm's scale of the stream that each layer above reads, in the run with the row."""
+        sites = [Site("resid", layer - 1) for layer in self.above]
+        states = self.subject.states(self.subject.bare, self.vector, sites)
+        return {layer: self.scale(states[site]) for layer, site in zip(self.above, sites, strict=True)}
+
+    @cached_property
+    def scale(self) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, " n"]]:
+        """How the model's norms scale."""
+        return norm_scale(self.subject.lm, self.row)
+
+    @cached_property
+    def values(self) -> Float[Tensor, "L Jw"]:
+        """W_V of the row at every layer, by the norm's scale of the row itself."""
+        read = values(self.subject.lm, torch.stack([self.row, torch.zeros_like(self.row)]))
+        return read[0] - read[1]
+
+    def gains(self, *, weighted: bool = True, own_scale: bool = False) -> Gains:
+        """What the heads of each layer above gain."""
+        n, alone = len(self.subject.bare), self.scale(self.row[None])[0]
+        out = dict[int, Tensor]()
+        for layer in self.above:
+            rows = self.values[layer].reshape(self.subject.lm.n_heads, -1).expand(n, -1, -1)
+            rows = rows if own_scale else rows * (alone / self.scales[layer])[:, None, None]
+            out[layer] = (rows * self.weights[:, layer, :, None] if weighted else rows).flatten(1)
+        return out
+
+    def through_mlps(self) -> Gains:
+        """What each MLP above makes of the row, added to the stream it reads: after attention, or, where the two stand
+        side by side, before."""
+        clean = self.subject.states(self.subject.bare, None, [Site("mlp", layer) for layer in self.above])
+        out = dict[int, Tensor]()
+        for layer in self.above:
+            site = Site("mlp", layer)
+            for before in (Site("attn", layer), Site("resid", layer - 1)):
+                vector = TaskVector((Edit(before, Add(self.row), self.subject.edit.where),))
+                out[layer] = self.subject.states(self.subject.bare, vector, [site])[site] - clean[site]
+                if bool(out[layer].any()):
+                    break
+        return out
+
+
+def values(lm: LM, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n L Jw"]:
+    """What every layer's heads hand to the output projection where the row is all that they read: a pass over one
+    token, whose stream the row replaces before each block."""
+    sites = [Site("heads", layer) for layer in range(lm.n_layers)]
+    inputs = [Site("embed"), *(Site("resid", layer) for layer in range(lm.n_layers - 1))]
+    trials = [Trial(0, TaskVector(tuple(Edit(site, Replace(row)) for site in inputs))) for row in rows]
+    found = replay(lm, [one_token(lm)]).answer(trials, Ask(states=tuple(sites))).states
+    return torch.stack([found[site] for site in sites], 1)
+
+
+def one_token(lm: LM) -> Encoded:
+    """A prompt of one token; which one does not matter."""
+    return Encoded((0,))
+
+
+def norm_scale(lm: LM, row: Float[Tensor, " d"]) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, " n"]]:
+    """How the norm before attention scales a stream, found by trying: not at all (no norm there), by its spread about
+    its mean (LayerNorm), or by its root mean square."""
+    moved = row + row.abs().mean()
+    read = values(lm, torch.stack([torch.zeros_like(row), row, 2 * row, moved]))
+    zero, once, twice, shifted = read[:, lm.n_layers // 2]
+    small = 1e-3 * (once - zero).norm()
+    if (twice - zero - 2 * (once - zero)).norm() <= small:
+        return lambda h: torch.ones(len(h))
+    if (shifted - once).norm() <= small:
+        return lambda h: h.std(1, correction=0)
+    return lambda h: h.square().mean(1).sqrt()
+
+
+def _measured(path: Path) -> Iterator[tuple[Cells, Metric]]:
+    subject = path.subject
+    gains, mlps = path.gains(), path.through_mlps()
+    steps = np.linspace(path.above[0], path.above[-1], min(STEPS, len(path.above))).round().astype(int).tolist()
+    for layer in dict.fromkeys(steps):
+        for part, way, vectors in (
+            ("instead", "ov", _edits(subject, "heads", gains, layer)),
+            ("instead", "mlp", _edits(subject, "mlp", mlps, layer)),
+            ("beside", "without ov", _edits(subject, "heads", gains, layer, beside=path.vector)),
+        ):
+            yield {"part": part, "way": way, "layer": layer}, share(subject.hits(vectors))
+    summed = torch.stack([project(subject.lm, layer, rows) for layer, rows in gains.items()]).sum(0)
+    like = summed * (path.row.norm() / summed.norm(dim=1, keepdim=True).clamp_min(1e-9))
+    ways = {
+        "itself": [path.vector] * len(subject.bare),
+        "ov": _edits(subject, "heads", gains, path.above[-1]),
+        "ov, weights 1": _edits(subject, "heads", path.gains(weighted=False), path.above[-1]),
+        "ov, own norm": _edits(subject, "heads", path.gains(own_scale=True), path.above[-1]),
+        "ov, summed below": [subject.added(one, subject.layer) for one in summed],
+        "the same, equal norm": [subject.added(one, subject.layer) for one in like],
+        "mlp": _edits(subject, "mlp", mlps, path.above[-1]),
+        "without ov": _edits(subject, "heads", gains, path.above[-1], beside=path.vector),
+    }
+    for way, vectors in ways.items():
+        yield {"part": "variants", "way": way}, share(subject.hits(vectors))
+
+
+def _edits(
+    subject: Subject, kind: str, gains: Gains, top: int, *, beside: TaskVector | None = None
+) -> list[TaskVector]:
+    """Each prompt's gains of layers up to `top`, put in; or, beside the vector, taken out."""
+    sign = 1.0 if beside is None else -1.0
+    edits = beside.edits if beside is not None else ()
+    sites = [(Site.parse(f"{kind}[{layer}]"), rows) for layer, rows in gains.items() if layer <= top]
+    where = subject.edit.where
+    return [
+        TaskVector((*edits, *(Edit(site, Add(sign * rows[i]), where) for site, rows in sites)))
+        for i in range(len(subject.bare))
+    ]
+
+
+def _curve(of: Cells) -> str:
+    return str(of["way"]) if of["vector"] == VECTOR else f"{of['way']}, {of['vector']}"
+
+
+def _says(found: Found) -> str:
+    def of(way: str, vector: str = VECTOR) -> str:
+        return f"{value(found, part='variants', way=way, vector=vector).value:.2f}"
+
+    zero = value(found, way="zero-shot").value
+    return (
+        f"Zero-shot {zero:.2f}, with the vector {of('itself')}; with only what all heads above read off it {of('ov')} "
+        f"(of a random vector {of('ov', NULL)}), with only what MLPs make of it {of('mlp')}; with the vector but "
+        f"without what heads read off it {of('without ov')}."
+    )

@@ -1,0 +1,225 @@
+"""Linear propagation (arXiv 2509.24169, section "Analyses"): is the shift of the last state a linear map of the vector?
+
+With h the output of the last block at the last prompt token, before the final norm, the shift of a vector v at layer l
+
+    Delta_l(v) = mean over prompts of h(v) - h
+
+is compared with J_l v, J_l the mean Jacobian dh / dh_l over prompts. The paper fits a map by least squares to noised
+copies of one vector and looks at that very vector: any map that fits it passes. Here the map is held against vectors it
+was not made with: the vector itself, random ones of equal norm, their sums; beside the constant shift (what the vector
+does, whatever is asked) as the map to beat. Then additivity, |D(a + b) - D(a) - D(b)| / |D(a + b)|; homogeneity,
+|D(2v) - 2 D(v)| / |D(2v)|; how much of the shift is the same for all prompts, |mean shift|^2 / mean |shift|^2; and
+whether the map's image, added at the last layer, does what the vector did. At the vector's own layer the map is tried
+at other strengths (a Jacobian is right for small ones); and a map is fitted to noised vectors, with noise as large as
+the vector, on enough draws to be identified, and tested on others.
+
+Shapes: n prompts, L layers, d width of the residual stream, m vectors, k draws.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from taskvec.analysis.finding import Cells, Finding, Found, average, panel, places, value
+from taskvec.analysis.subject import Subject
+from taskvec.errors import InputError
+from taskvec.replay import Ask, Trial, replay
+from taskvec.results import Metric, bootstrap
+from taskvec.sites import Site
+from taskvec.vector import Add, Edit, TaskVector
+
+PROMPTS = 12
+"""Prompts that Jacobians and shifts are averaged over."""
+AT_ONCE = 32
+"""Rows of the Jacobian in one backward pass."""
+LAYERS = 8
+"""Layers at which shifts are measured."""
+RANDOM = 6
+"""Random vectors of equal norm."""
+STRENGTHS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
+OWN, NULL = "the vector", "random vectors"
+ENOUGH = 4
+"""Draws for each dimension, below which a fitted map is not identified."""
+
+
+def propagation(subject: Subject) -> Finding:
+    """How linear, by layer; and the fitted map at the vector's own layer."""
+    found: Found = [*_by_layer(subject), *_by_strength(subject)]
+    found += _fitted(subject, ENOUGH * len(subject.direction) + 64)
+    found += _causal(subject)
+    drawn = (
+        panel("share of the shift explained", found, by="by", where={"measure": "R2"}, nulls=["constant shift"]),
+        panel("explained, by strength", found, by="of", x="strength", where={"measure": "reach"}, nulls=[NULL]),
+        panel("error of linearity", found, by="of", where={"measure": "error"}),
+        panel("alike for all prompts", found, by="of", where={"measure": "alike"}, nulls=[NULL]),
+        places("held-out draws at its layer", found, x="map", by="on", where={"measure": "fit"}),
+    )
+    return Finding("propagation", "Linear propagation", _says(subject, found), drawn, found)
+
+
+# --- the mean Jacobian -----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def jacobians(subject: Subject) -> Float[Tensor, "L d d"]:
+    """The mean of dh / dh_l over the first prompts, for all layers at once: each backward pass gives some rows of every
+    layer's (`AT_ONCE` copies of the prompts in one pass, each asked for one entry of h). Those of the last subject are
+    kept: two analyses read them."""
+    lm, d = subject.lm, len(subject.direction)
+    sites = [Site("resid", layer) for layer in range(lm.n_layers)]
+    prompts = subject.bare[:PROMPTS]
+    engine, out = replay(lm, prompts, keep=True), torch.zeros(lm.n_layers, d, d)
+    for first in range(0, d, AT_ONCE):
+        entries = range(first, min(first + AT_ONCE, d))
+        leaves = [torch.zeros(lm.n_layers, d, requires_grad=True) for _ in entries]
+        vectors = [
+            TaskVector(tuple(Edit(site, Add(row)) for site, row in zip(sites, leaf, strict=True))) for leaf in leaves
+        ]
+        trials = [Trial(i, vector) for vector in vectors for i in range(len(prompts))]
+        with lm.frozen(), torch.enable_grad():
+            for numbers, states in engine.reached(trials, sites[-1]):
+                asked = torch.tensor([entries[number // len(prompts)] for number in numbers], device=states.device)
+                states.gather(1, asked[:, None]).sum().backward()  # type: ignore[no-untyped-call]
+        for entry, leaf in zip(entries, leaves, strict=True):
+            assert leaf.grad is not None
+            out[:, entry] = leaf.grad / len(prompts)
+    return out
+
+
+# --- shifts ----------------------------------------------------------------------------------------------------------
+
+
+def shifts(subject: Subject, layer: int, rows: Float[Tensor, "m d"]) -> Float[Tensor, "m n d"]:
+    """h(v) - h of the first prompts, for each row as the vector at a layer."""
+    last, n = Site("resid", subject.lm.n_layers - 1), len(subject.bare[:PROMPTS])
+    vectors = [None, *(subject.added(row, layer) for row in rows)]
+    trials = [Trial(i, vector) for vector in vectors for i in range(n)]
+    found = subject.engine.answer(trials, Ask(states=(last,))).states[last].reshape(len(vectors), n, -1)
+    return found[1:] - found[:1]
+
+
+def explained(predicted: Float[Tensor, "m d"], true: Float[Tensor, "m d"]) -> Metric:
+    """1 - |true - predicted|^2 / |true|^2, summed over vectors; the interval is by vector."""
+    wrong, whole = ((part.double() ** 2).sum(1).numpy() for part in (true - predicted, true))
+
+    def ratio(picked: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray(1 - wrong[picked].sum(-1) / whole[picked].sum(-1))
+
+    return bootstrap(ratio, len(wrong))
+
+
+def _by_strength(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
+    """The map at the vector's own layer: how far it reaches."""
+    j = jacobians(subject)[subject.layer]
+    for name, some in ((OWN, [subject.direction]), (NULL, [subject.random(number) for number in range(RANDOM)])):
+        rows = torch.stack(some)
+        for strength in STRENGTHS:
+            mean = shifts(subject, subject.layer, strength * rows).mean(1)
+            yield {"measure": "reach", "of": name, "strength": strength}, explained(strength * rows @ j.T, mean)
+
+
+def _by_layer(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
+    own, depth = subject.direction, subject.lm.n_layers
+    layers = sorted({*np.linspace(0, depth - 1, min(LAYERS, depth)).round().astype(int).tolist(), subject.layer})
+    nulls = torch.stack([subject.random(number) for number in range(RANDOM)])
+    rows = torch.stack([own, 2 * own, *nulls, *(own + null for null in nulls)])
+    for layer in layers:
+        found = shifts(subject, layer, rows)
+        mean = found.mean(1)
+        image = rows @ jacobians(subject)[layer].T
+        at: Cells = {"layer": layer}
+        yield {**at, "measure": "R2", "by": "J, the vector"}, explained(image[:1], mean[:1])
+        yield {**at, "measure": "R2", "by": "J, random vectors"}, explained(image[2 : 2 + RANDOM], mean[2 : 2 + RANDOM])
+        yield {**at, "measure": "R2", "by": "J, sums"}, explained(image[2 + RANDOM :], mean[2 + RANDOM :])
+        constant = mean[:1].expand(RANDOM, -1)
+        yield {**at, "measure": "R2", "by": "constant shift"}, explained(constant, mean[2 : 2 + RANDOM])
+        sums, parts = mean[2 + RANDOM :], mean[:1] + mean[2 : 2 + RANDOM]
+        yield {**at, "measure": "error", "of": "additivity"}, average((sums - parts).norm(dim=1) / sums.norm(dim=1))
+        twice = found[1] - 2 * found[0]
+        yield {**at, "measure": "error", "of": "homogeneity"}, average(twice.norm(dim=1) / found[1].norm(dim=1))
+        for name, some in ((OWN, found[:1]), (NULL, found[2 : 2 + RANDOM])):
+            alike = some.mean(1).square().sum(-1) / some.square().sum(-1).mean(1)
+            yield {**at, "measure": "alike", "of": name}, average(alike)
+
+
+# --- a fitted map ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Vectors and the shifts they make, each on one of the prompts."""
+
+    rows: Float[Tensor, "k d"]
+    moved: Float[Tensor, "k d"]
+
+
+def drawn(subject: Subject, count: int, make: Callable[[Tensor], Tensor], *, seed: int) -> Draws:
+    """`count` vectors made of noise of the vector's norm, at its layer, prompt after prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, len(subject.direction), generator=generator)
+    rows = make(noise * (subject.direction.norm() / noise.norm(dim=1, keepdim=True)))
+    last, prompts = Site("resid", subject.lm.n_layers - 1), len(subject.bare[:PROMPTS])
+    trials = [Trial(i % prompts, subject.added(row, subject.layer)) for i, row in enumerate(rows)]
+    clean = subject.states(subject.bare[:PROMPTS], None, [last])[last]
+    found = subject.engine.answer(trials, Ask(states=(last,))).states[last]
+    return Draws(rows, found - clean[torch.arange(count) % prompts])
+
+
+def fitted_map(rows: Float[Tensor, "k d"], moved: Float[Tensor, "k d"]) -> Float[Tensor, "d d"]:
+    """W with moved = W row, by least squares. Raises `InputError` below `ENOUGH` draws for each dimension: W would
+    depend on the solver (a fit of few draws passes every test at the vector itself)."""
+    k, d = rows.shape
+    if k < ENOUGH * d:
+        raise InputError(f"at least {ENOUGH * d} draws for a map of {d} dimensions", str(k), "draw more")
+    solution: Tensor = torch.linalg.lstsq(rows.double(), moved.double()).solution
+    return solution.T.float()
+
+
+def _fitted(subject: Subject, count: int) -> Iterator[tuple[Cells, Metric]]:
+    own = subject.direction
+    made = drawn(subject, count, lambda noise: own + noise, seed=subject.seed)
+    around = drawn(subject, 100, lambda noise: own + noise, seed=subject.seed + 1)
+    away = drawn(subject, 100, lambda noise: noise, seed=subject.seed + 2)
+    maps = {"fitted": fitted_map(made.rows, made.moved), "mean Jacobian": jacobians(subject)[subject.layer]}
+    constant = made.moved.mean(0)
+    for on, test in (("the vector + noise", around), ("noise alone", away)):
+        for name, one in maps.items():
+            yield {"measure": "fit", "map": name, "on": on}, explained(test.rows @ one.T, test.moved)
+        guess = constant.expand_as(test.moved)
+        yield {"measure": "fit", "map": "constant shift", "on": on}, explained(guess, test.moved)
+
+
+def _causal(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
+    """The map's image in the vector's place, added at the last layer."""
+    top = subject.lm.n_layers - 1
+    image = jacobians(subject)[subject.layer]
+    cases: Sequence[tuple[str, TaskVector | None]] = (
+        ("zero-shot", None),
+        ("the vector", subject.vector),
+        ("J v at the last layer", subject.added(image @ subject.direction, top)),
+        ("J random at the last layer", subject.added(image @ subject.random(0), top)),
+        ("the vector at the last layer", subject.added(subject.direction, top)),
+    )
+    for name, vector in cases:
+        yield {"measure": "accuracy", "of": name}, subject.accuracy(vector)
+
+
+def _says(subject: Subject, found: Found) -> str:
+    def r2(by: str) -> str:
+        metric = value(found, measure="R2", by=by, layer=subject.layer)
+        return f"{metric.value:.2f}"
+
+    fit = value(found, measure="fit", map="fitted", on="noise alone").value
+    did, does = (value(found, measure="accuracy", of=of).value for of in ("the vector", "J v at the last layer"))
+    return (
+        f"At {subject.edit.site} the mean Jacobian explains {r2('J, the vector')} of the vector's own shift of the "
+        f"last state and {r2('J, random vectors')} of random vectors' (the constant shift: {r2('constant shift')}); a "
+        f"map fitted to noised copies explains {fit:.2f} of what noise alone does. Accuracy {did:.2f} with the vector, "
+        f"{does:.2f} with the map's image of it at the last layer."
+    )
