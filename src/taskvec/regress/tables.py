@@ -69,7 +69,9 @@ def length_table(rows: Rows) -> Table:
         (name, *(_said(over_seeds(row.mse for row in pick(own, examples=k))) for k in lengths))
         for name, own in _named(some)
     ]
-    caption = f"{_about(rows)}: mean squared error by the number of examples. Methods are fitted once, beyond training."
+    caption = f"{_about(rows)}: mean squared error by the number of examples."
+    if {row.method for row in some if row.control != YARDSTICK} > {VANILLA}:
+        caption += " Methods are fitted once, beyond training."
     return Table("length", caption, ("vector", *map(str, lengths)), tuple(lines))
 
 

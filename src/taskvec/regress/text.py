@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from taskvec import methods as registry
 from taskvec.evaluate import Condition, observe
+from taskvec.evaluate.shared import shared_work
 from taskvec.lm import LM
 from taskvec.methods import Method
 from taskvec.prompts import Example, PromptFormat
@@ -40,8 +41,8 @@ class TextSizes:
     """Demonstrations, test items, unlabelled queries of `linear` and `mean-difference`."""
 
     shots: int = 12
-    n_test: int = 100
-    queries: int = 128
+    n_test: int = 60
+    queries: int = 64
 
 
 def text_task(family: FunctionClass, sizes: TextSizes, *, seed: int) -> Task:
@@ -70,11 +71,12 @@ def text_rows(
     values = np.array([float(example.output) for example in task.test.examples])
     settings = {name: {"queries": str(sizes.queries)} for name in ("linear", "mean-difference") if name in methods}
     out = list[RegressRow]()
-    for method, control in _asked(registry.make_all(list(methods), settings, {})):
-        condition: Condition = method.fit(lm, task.train, task.dev, seed=seed)
-        read = [number(text) for text in observe(lm, task.test, condition).texts]
-        wrong = np.array([0.0 if found is None else found for found in read]) - values
-        out.append(_row(lm, family, (method.name, control), wrong, (sizes.shots, seed), read.count(None)))
+    with shared_work(lm):
+        for method, control in _asked(registry.make_all(list(methods), settings, {})):
+            condition: Condition = method.fit(lm, task.train, task.dev, seed=seed)
+            read = [number(text) for text in observe(lm, task.test, condition).texts]
+            wrong = np.array([0.0 if found is None else found for found in read]) - values
+            out.append(_row(lm, family, (method.name, control), wrong, (sizes.shots, seed), read.count(None)))
     for name, guessed in _references(task, seed).items():
         out.append(_row(lm, family, (name, YARDSTICK), guessed - values, (sizes.shots, seed)))
     return out

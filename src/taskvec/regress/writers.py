@@ -20,9 +20,9 @@ from taskvec.evaluate.ridge import solve
 from taskvec.lm import Encoded
 from taskvec.methods.function_vector import indirect_effects
 from taskvec.methods.icv import STRENGTHS, direction
-from taskvec.regress.ground import Prompts, Support, owners
+from taskvec.regress.ground import Prompts, Support, owners, whole
 from taskvec.regress.learner import Learner
-from taskvec.replay import Ask, Trial, replay
+from taskvec.replay import Ask, Trial
 from taskvec.replay.trials import first_edited
 from taskvec.sites import Site
 from taskvec.vector import Add, AddKeepNorm, Affine, Edit, TaskVector, Where
@@ -61,7 +61,7 @@ def ask(prompts: Prompts, candidates: Sequence[Sequence[TaskVector | None]], *, 
     pairs = list(zip(prompts.encoded, who, strict=True))
     starts = [min(first_edited(prompt, vectors[f]) for vectors in candidates) for prompt, f in pairs]
     last = all(start == len(prompt) - 1 for start, prompt in zip(starts, prompts.encoded, strict=True))
-    engine = prompts.engine if last else replay(prompts.learner, prompts.encoded, starts=starts)
+    engine = prompts.engine if last else whole(prompts.learner, prompts.encoded)
     found = engine.answer(trials, Ask(keep=lambda _, logits: logits, states=(HEAD,) if states else ()))
     rows = found.states[HEAD] if states else torch.zeros(len(trials), 0)
     shape = (len(candidates), prompts.count, prompts.per)
@@ -70,7 +70,8 @@ def ask(prompts: Prompts, candidates: Sequence[Sequence[TaskVector | None]], *, 
 
 def states(learner: Learner, prompts: Sequence[Encoded], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "n w"]]:
     """The states at the last token of each prompt."""
-    return replay(learner, prompts).answer([Trial(i) for i in range(len(prompts))], Ask(states=tuple(sites))).states
+    trials = [Trial(i) for i in range(len(prompts))]
+    return whole(learner, prompts).answer(trials, Ask(states=tuple(sites))).states
 
 
 def head_means(clean: Prompts, *, first: int = 0) -> Float[Tensor, "F L J w"]:
