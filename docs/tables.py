@@ -5,6 +5,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,85 @@ def adaptive_speed() -> str:
     )
     share = f"{found['over_two_passes']:.2f} of two bare passes"
     return f"\n{fit} of training with a frozen generator; {ask} ({share}); {found['peak_gib']:.1f} GiB at most.\n"
+
+
+def analyses(model: str) -> str:
+    """What the published statements come to on a model: each with its null, a column a task; then every analysis'
+    sentence and picture."""
+    folder = RESULTS.parent / "analysis" / model
+    tasks = sorted(path.name.removesuffix("-early") for path in folder.glob("*-early"))
+    if not tasks:
+        return "\nNot measured yet.\n"
+    body = [[said, *(_looked(folder, task, name, want) for task in tasks)] for said, name, want in STATEMENTS]
+    out = [markdown(["", *tasks], body)]
+    for task in tasks:
+        out.append(f"## {task}")
+        for path in sorted(folder.glob(f"{task}-*/says.json")):
+            place = f"{model}/{path.parent.name}"
+            when = "" if path.parent.name.endswith("early") else " (the late vector)"
+            for name, says in json.loads(path.read_text("utf-8")).items():
+                out.append(f"**{name}**{when}. {says}\n\n![{name}]({place}/{name}.svg)")
+    return "\n" + "\n\n".join(out) + "\n"
+
+
+Want = dict[str, object]
+STATEMENTS: list[tuple[str, str, Want]] = [
+    ("accuracy, zero-shot", "early/ov", {"way": "zero-shot"}),
+    ("with the vector", "early/ov", {"part": "variants", "way": "itself", "vector": "vector"}),
+    ("OV path instead of it", "early/ov", {"part": "variants", "way": "ov", "vector": "vector"}),
+    ("null: of a random vector", "early/ov", {"part": "variants", "way": "ov", "vector": "random vector"}),
+    ("MLPs' path instead", "early/ov", {"part": "variants", "way": "mlp", "vector": "vector"}),
+    ("the vector without its OV path", "early/ov", {"part": "variants", "way": "without ov", "vector": "vector"}),
+    ("accuracy on the other half of the items", "early/heads", {"way": "vector", "heads": "key heads", "percent": 0}),
+    ("without a tenth of the heads", "early/heads", {"way": "vector", "heads": "key heads", "percent": 10}),
+    (
+        "null: heads of the same layers",
+        "early/heads",
+        {"way": "vector", "heads": "random heads of the same layers", "percent": 10},
+    ),
+    ("R² of the mean Jacobian, the vector", "early/propagation", {"measure": "R2", "by": "J, the vector", "own": True}),
+    ("random vectors", "early/propagation", {"measure": "R2", "by": "J, random vectors", "own": True}),
+    ("null: the constant shift", "early/propagation", {"measure": "R2", "by": "constant shift", "own": True}),
+    ("early vector: cos(v, Qv)", "early/rotation", {"measure": "cos(v, Qv)", "of": "the vector", "own": True}),
+    ("null: random vectors", "early/rotation", {"measure": "cos(v, Qv)", "of": "random vectors", "own": True}),
+    ("its alignment", "early/rotation", {"measure": "alignment of v", "of": "the vector", "own": True}),
+    ("rotated", "early/rotation", {"measure": "alignment of Qv", "of": "the vector", "own": True}),
+    (
+        "null: random vectors, rotated",
+        "early/rotation",
+        {"measure": "alignment of Qv", "of": "random vectors", "own": True},
+    ),
+    ("late vector: cos(v, Qv)", "late/rotation", {"measure": "cos(v, Qv)", "of": "the vector", "own": True}),
+    ("null: random vectors", "late/rotation", {"measure": "cos(v, Qv)", "of": "random vectors", "own": True}),
+    ("late vector: |Sv| / |v|", "late/rotation", {"measure": "|Sv| / |v|", "of": "the vector", "own": True}),
+    ("null: random vectors", "late/rotation", {"measure": "|Sv| / |v|", "of": "random vectors", "own": True}),
+]
+"""What is said, the vector and analysis it is read from, and the row (`own`: at the vector's own layer)."""
+
+
+def _looked(folder: Path, task: str, name: str, want: Want) -> str:
+    import polars as pl
+
+    when, analysis = name.split("/")
+    path = folder / f"{task}-{when}"
+    rows = pl.read_csv(path / f"{analysis}.csv", infer_schema_length=None)
+    asked = dict(want)
+    if asked.pop("own", False):
+        asked["layer"] = int(re.search(r"resid\[(\d+)\]", json.loads((path / "says.json").read_text())["rotation"])[1])
+    found = rows.filter(*(pl.col(key) == value for key, value in asked.items()))
+    value, low, high = (float(found[key][0]) for key in ("value", "low", "high"))
+    return f"{value:.2f}" if low == high else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def adaptive_run() -> str:
+    """Seen and unseen tasks, by category and each by itself: the run's own tables."""
+    path = RESULTS / "adaptive.md"
+    if not path.is_file():
+        return "\nNot measured yet.\n"
+    parts = path.read_text("utf-8").split("\n\n")
+    wanted = ("Mean accuracy over the tasks", "Accuracy on test items")
+    kept = [f"{part}\n\n{parts[i + 1]}" for want in wanted for i, part in enumerate(parts) if part.startswith(want)]
+    return "\n" + "\n\n".join(kept).strip() + "\n"
 
 
 def run_tables() -> str:

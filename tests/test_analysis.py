@@ -224,6 +224,7 @@ def test_the_command_writes_pictures_frames_and_a_page(folder: Path, tmp_path: P
     made = [name for name in ANALYSES if name != "geometry"]
     assert {Path(path).name for path in found["files"]} == {
         *(f"{name}.{end}" for name in made for end in ("svg", "csv")),
+        "says.json",
         "report.html",
     }
     assert set(found["rows"]) == set(found["says"]) == set(made)

@@ -367,7 +367,7 @@ def test_a_library_of_fitted_vectors() -> None:
     rows = torch.stack([vector.edits[0].op.tensors()["vector"] for vector in made])
     table = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(rows).T
     same = float((table[0, 1] + table[2, 3]) / 2)
-    assert value(found, measure="cosine", of="one task").value == pytest.approx(same, abs=1e-5)
+    assert value(found, measure="cosine", of="same task, layer, method").value == pytest.approx(same, abs=1e-5)
     sums = made[0].edits[0].op.tensors()["vector"] - rows[2] + rows[3]
     expected = one.accuracy(one.added(sums, 1)).value
     assert value(found, of="a - b + c on tiny_upper", kind="vectors").value == expected

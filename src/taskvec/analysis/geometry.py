@@ -1,6 +1,7 @@
 """Geometry of a library of vectors: are vectors of one task alike, whatever the seed, the layer, the method?
 
-- cosine of pairs: of one task, of one method but different tasks, of neither; beside random directions;
+- cosine of pairs, by what they share (task, layer, method; pairs that share all differ in their seed); beside random
+  directions;
 - separability: how often a vector's nearest neighbour is of its task; clustering: how well as many clusters as tasks
   (average linkage of cosine distances) are the tasks, by the adjusted Rand index. The null: tasks permuted;
 - alignment: the share of a vector in the span of its own task's outputs, beside that of the other tasks' outputs;
@@ -44,6 +45,7 @@ class Shelf:
     rows: Float[Tensor, "m d"]
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
+    layers: tuple[int | None, ...]
 
     @classmethod
     def of(cls, subject: Subject) -> "Shelf":
@@ -52,13 +54,13 @@ class Shelf:
             fix = "name folders of other seeds and tasks with --beside"
             raise InputError(f"at least {LEAST} other vectors", str(len(subject.beside.vectors)), fix)
         vectors = (subject.vector, *subject.beside.vectors)
-        rows = torch.stack([one_addition(vector)[1] for vector in vectors])
+        sites, rows = zip(*map(one_addition, vectors), strict=True)
         origins = [vector.origin for vector in vectors]
         tasks = tuple(origin.task if origin is not None else "" for origin in origins)
         methods = tuple(origin.method if origin is not None else "" for origin in origins)
         if len(set(tasks)) < 2:
             raise InputError("vectors of at least two tasks", tasks[0], "name another task's with --beside")
-        return cls(rows, tasks, methods)
+        return cls(torch.stack(rows), tasks, methods, tuple(site.layer for site in sites))
 
 
 def geometry(subject: Subject) -> Finding:
@@ -94,10 +96,10 @@ def cosines(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
 def _similar(shelf: Shelf) -> Iterator[tuple[Cells, Metric]]:
     table, kinds = cosines(shelf.rows), dict[str, list[float]]()
     for i, j in combinations(range(len(shelf.rows)), 2):
-        same = shelf.tasks[i] == shelf.tasks[j]
-        other = "one method, two tasks" if shelf.methods[i] == shelf.methods[j] else "neither"
-        kinds.setdefault("one task" if same else other, []).append(float(table[i, j]))
-    for name, some in kinds.items():
+        named = (("task", shelf.tasks), ("layer", shelf.layers), ("method", shelf.methods))
+        same = ", ".join(name for name, of in named if of[i] == of[j])
+        kinds.setdefault(f"same {same}" if same else "nothing the same", []).append(float(table[i, j]))
+    for name, some in sorted(kinds.items()):
         yield {"measure": "cosine", "of": name, "kind": "vectors"}, average(some)
     random = cosines(_random(shelf.rows))[torch.triu_indices(len(shelf.rows), len(shelf.rows), 1).unbind()]
     yield {"measure": "cosine", "of": "random directions", "kind": "null"}, average(random)
