@@ -1,5 +1,5 @@
-"""Saliency of all heads, from one backward pass by replay, against exact ablation of every head and against plain forward
-passes over the same prompts: 40 bare prompts under a vector in the middle of the model."""
+"""Saliency of all heads, from one backward pass by replay, against exact ablation of every head and against plain
+forward passes over the same prompts: 40 bare prompts under a vector in the middle of the model."""
 
 from typing import Any
 

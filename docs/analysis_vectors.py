@@ -18,7 +18,7 @@ def main(model: str, folder: Path, tasks: list[str]) -> None:
             path = folder / f"{task.name}-{name}"
             if not path.exists():
                 LearnedTaskVector(layer=layer).fit(lm, task.train, task.dev, seed=seed).save_pretrained(path)
-                print(path.name, file=sys.stderr)
+                sys.stderr.write(f"{path.name}\n")
 
 
 if __name__ == "__main__":

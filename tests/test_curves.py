@@ -9,8 +9,8 @@ from taskvec.results import Metric
 HOSTILE = "<b>x</b> & </script>"
 
 
-def metric(middle: float) -> Metric:
-    return Metric(middle, middle - 0.5, middle + 0.25)
+def metric(middle: int | float) -> Metric:
+    return Metric(float(middle), middle - 0.5, middle + 0.25)
 
 
 def line() -> Panel:

@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +24,9 @@ from taskvec.regress.measure import Bench, Sizes
 from taskvec.regress.rows import RegressRow
 from taskvec.regress.text import TextSizes, text_rows
 
+MEASURED = {"length": long_rows, "fidelity": fidelity_rows, "references": reference_rows}
+"""Of learners; what takes longest first, so that processes end together."""
+TEXT = "text"
 TEXT_CLASSES = (FunctionClass("linear", 6), FunctionClass("relu", 6))
 """The functions that language models are asked for (the linear task vector paper's)."""
 
@@ -46,21 +50,32 @@ def regress_bench(
     if len(set(names)) < len(names):
         raise InputError("learners of different names", ", ".join(names), "rename one in its configuration")
     out.mkdir(parents=True, exist_ok=True)
-    parts = [(learner, seed, out / "parts", sizes) for learner in learners for seed in dict.fromkeys(seeds)]
-    texts = [(text[0], seed, out / "parts", text[1]) for seed in dict.fromkeys(seeds) if text is not None]
-    done = _in_processes(parts, jobs) if jobs > 1 and len(parts) > 1 else (_kept(*part) for part in parts)
-    rows = [row for some in track(done, "learners and seeds", len(parts)) for row in some]
-    return rows + [row for part in track(texts, "numbers as text", len(texts)) for row in _kept(*part)]
+    seeds = list(dict.fromkeys(seeds))
+    parts = [Part(what, learner, seed, sizes) for what in MEASURED for learner in learners for seed in seeds]
+    texts = [Part(TEXT, text[0], seed, text[1]) for seed in seeds] if text is not None else []
+    folder = out / "parts"
+    work = partial(_kept, folder=folder)
+    done = _in_processes(parts, folder, jobs) if jobs > 1 and len(parts) > 1 else map(work, parts)
+    measured = list(zip(parts, track(done, "parts", len(parts)), strict=True))
+    order = [(learner, seed) for learner in learners for seed in seeds]
+    rows = [row for one in order for part, some in measured if (part.model, part.seed) == one for row in some]
+    return rows + [row for part in track(texts, "numbers as text", len(texts)) for row in work(part)]
 
 
-Part = tuple[LM, int, Path, Sizes | TextSizes]
-"""A model, a seed, where rows are kept, how many of everything."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What is measured of a model under one seed, with how many of everything."""
+
+    what: str
+    model: LM
+    seed: int
+    sizes: Sizes | TextSizes
 
 
-def _in_processes(parts: Sequence[Part], jobs: int) -> Iterator[list[RegressRow]]:
+def _in_processes(parts: Sequence[Part], folder: Path, jobs: int) -> Iterator[list[RegressRow]]:
     """The parts' rows, in their order. Tiny models gain nothing from a second thread, so each process has one."""
     with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
-        waiting = [pool.submit(_one_thread, part) for part in parts]
+        waiting = [pool.submit(_one_thread, part, folder) for part in parts]
         try:
             yield from (done.result() for done in waiting)
         except BaseException:
@@ -68,30 +83,28 @@ def _in_processes(parts: Sequence[Part], jobs: int) -> Iterator[list[RegressRow]
             raise
 
 
-def _one_thread(part: Part) -> list[RegressRow]:
+def _one_thread(part: Part, folder: Path) -> list[RegressRow]:
     torch.set_num_threads(1)
-    return _kept(*part)
+    return _kept(part, folder)
 
 
-def _kept(one: LM, seed: int, folder: Path, sizes: Sizes | TextSizes) -> list[RegressRow]:
-    """The rows of one model under one seed: read, or measured and written down in one step."""
-    depends = {"model": one.fingerprint, "seed": seed, "taskvec": version("taskvec")}
-    depends |= {"sizes": asdict(sizes)}
+def _kept(part: Part, folder: Path) -> list[RegressRow]:
+    """A part's rows: read, or measured and written down in one step."""
+    depends = {"what": part.what, "model": part.model.fingerprint, "seed": part.seed, "taskvec": version("taskvec")}
+    depends |= {"sizes": asdict(part.sizes)}
     held = folder / f"{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if not held.is_file():
-        plain = {"name": one.id, "seed": seed, "rows": [row.to_dict() for row in _measured(one, seed, sizes)]}
+        rows = [row.to_dict() for row in _measured(part)]
+        plain = {"what": part.what, "name": part.model.id, "seed": part.seed, "rows": rows}
         with replaced(held) as new:
             new.write_text(json.dumps(plain, allow_nan=False) + "\n", "utf-8")
     return [RegressRow.from_dict(row) for row in json.loads(held.read_text("utf-8"))["rows"]]
 
 
-def _measured(one: LM, seed: int, sizes: Sizes | TextSizes) -> Iterator[RegressRow]:
-    if isinstance(sizes, TextSizes):
+def _measured(part: Part) -> Iterator[RegressRow]:
+    if isinstance(part.sizes, TextSizes):
         for family in TEXT_CLASSES:
-            yield from text_rows(one, family, seed=seed, sizes=sizes)
+            yield from text_rows(part.model, family, seed=part.seed, sizes=part.sizes)
         return
-    assert isinstance(one, Learner)
-    bench = Bench(one, seed, sizes)
-    yield from reference_rows(bench)
-    yield from long_rows(bench)
-    yield from fidelity_rows(bench)
+    assert isinstance(part.model, Learner)
+    yield from MEASURED[part.what](Bench(part.model, part.seed, part.sizes))

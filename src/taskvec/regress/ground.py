@@ -77,9 +77,7 @@ class Prompts:
         values: Float[Tensor, "F P"],
     ) -> "Prompts":
         """Points and the values shown, in tokens."""
-        rows, seen = x.flatten(0, 1), y.flatten(0, 1)
-        encoded = tuple(learner.points(row[:-1], value[:-1], row[-1]) for row, value in zip(rows, seen, strict=True))
-        return cls(learner, x, y, values, encoded)
+        return cls(learner, x, y, values, learner.all_points(x.flatten(0, 1), y.flatten(0, 1)[:, :-1]))
 
     @property
     def count(self) -> int:

@@ -120,21 +120,27 @@ class Learner(LM):
         if shapes != [(k, d), (k,), (d,)]:
             found = ", ".join(map(str, shapes))
             raise InputError(f"(k, {d}) points, (k,) values, a ({d},) query for {self.id}", found, "mend the shapes")
-        xs = xs if query is None else torch.cat([xs, query[None]])
-        tokens = len(xs) + k
+        (prompt,) = self.all_points((xs if query is None else torch.cat([xs, query[None]]))[None], ys[None])
+        return prompt
+
+    def all_points(self, xs: Float[Tensor, "B n d"], ys: Float[Tensor, "B k"]) -> tuple[Encoded, ...]:
+        """Many prompts at once: n = k + 1 points where the last is a query, n = k where there is none. Raises the
+        same."""
+        k, queries = ys.shape[1], xs.shape[1] - ys.shape[1]
+        tokens = xs.shape[1] + k
         if not (xs.isfinite().all() and ys.isfinite().all()):
             raise InputError("finite points and values", "nan or inf", "mend the data")
         if tokens > 2 * self.settings.positions:
-            found = f"{k} pairs" + (" and a query" if query is not None else "")
+            found = f"{k} pairs" + (" and a query" if queries else "")
             fix = "use fewer examples, or train with more positions"
             raise PromptTooLong(f"at most the {self.settings.positions} pairs of {self.id}'s positions", found, fix)
-        rows = torch.zeros(tokens, d)
-        rows[0::2] = xs
-        rows[1::2, 0] = ys
-        last = () if query is None else (2 * k,)
+        rows = torch.zeros(len(xs), tokens, self.settings.d)
+        rows[:, 0::2] = xs
+        rows[:, 1::2, 0] = ys
+        last = (2 * k,) if queries else ()
         inputs, outputs = tuple(range(0, 2 * k, 2)), tuple(range(1, 2 * k, 2))
         roles = {"demo_input": inputs, "separator": inputs, "demo_output": outputs, "input": last, "query_end": last}
-        return Encoded(embeds=self.read_in(rows), roles=roles)
+        return tuple(Encoded(embeds=embeds, roles=roles) for embeds in self.read_in(rows))
 
     def read_in(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... w"]:
         """Points as the embeddings the model reads."""

@@ -151,8 +151,7 @@ class InContextVectors:
         """h(y_k) - h(x_k) of the last example, behind every block."""
         x, y = clean.x.flatten(0, 1)[:, :-1], clean.y.flatten(0, 1)[:, :-1]
         sites = [Site("resid", layer) for layer in range(learner.n_layers)]
-        asked = [learner.points(a[:-1], b[:-1], a[-1]) for a, b in zip(x, y, strict=True)]
-        told = [learner.points(a, b) for a, b in zip(x, y, strict=True)]
+        asked, told = learner.all_points(x, y[:, :-1]), learner.all_points(x, y)
         before, after = states(learner, asked, sites), states(learner, told, sites)
         gaps = torch.stack([after[site] - before[site] for site in sites], 1)
         return gaps.reshape(clean.count, clean.per, *gaps.shape[1:])
