@@ -8,3 +8,4 @@ resume=$(test -d "$run" && echo --resume || true)
 "$bin/taskvec" bench adaptive --method adaptive --method adaptive-ridge --method lora --set lora.rank=33 --seeds 3 \
     --out "$run" $resume
 cp "$run/tables.md" docs/results/adaptive.md
+"$bin/python" docs/adaptive_rows.py "$run" docs/results/adaptive_run.json

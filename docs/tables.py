@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+Want = dict[str, object]
+MODEL = "smollm2-135m"
 RESULTS = Path(__file__).parent / "results"
+ANALYSES = RESULTS.parent / "analysis"
 COLUMNS = {
     "accuracy": "accuracy",
     "label_accuracy": "label accuracy",
@@ -194,11 +197,10 @@ def adaptive_speed() -> str:
 def analyses(model: str) -> str:
     """What the published statements come to on a model: each with its null, a column a task; then every analysis'
     sentence and picture."""
-    folder = RESULTS.parent / "analysis" / model
-    tasks = sorted(path.name.removesuffix("-early") for path in folder.glob("*-early"))
+    folder, tasks = ANALYSES / model, analysed(model)
     if not tasks:
         return "\nNot measured yet.\n"
-    body = [[said, *(_looked(folder, task, name, want) for task in tasks)] for said, name, want in STATEMENTS]
+    body = [[said, *(_looked(model, task, name, want) for task in tasks)] for said, name, want in STATEMENTS]
     out = [markdown(["", *tasks], body)]
     for task in tasks:
         out.append(f"## {task}")
@@ -210,7 +212,6 @@ def analyses(model: str) -> str:
     return "\n" + "\n\n".join(out) + "\n"
 
 
-Want = dict[str, object]
 STATEMENTS: list[tuple[str, str, Want]] = [
     ("accuracy, zero-shot", "early/ov", {"way": "zero-shot"}),
     ("with the vector", "early/ov", {"part": "variants", "way": "itself", "vector": "vector"}),
@@ -245,17 +246,30 @@ STATEMENTS: list[tuple[str, str, Want]] = [
 """What is said, the vector and analysis it is read from, and the row (`own`: at the vector's own layer)."""
 
 
-def _looked(folder: Path, task: str, name: str, want: Want) -> str:
+def analysed(model: str) -> list[str]:
+    """The tasks of docs/analysis."""
+    return sorted(path.name.removesuffix("-early") for path in (ANALYSES / model).glob("*-early"))
+
+
+def row_of(model: str, task: str, name: str, want: Want) -> tuple[float, float, float]:
+    """(value, low, high) of one row of an analysis."""
     import polars as pl
 
     when, analysis = name.split("/")
-    path = folder / f"{task}-{when}"
+    path = ANALYSES / model / f"{task}-{when}"
     rows = pl.read_csv(path / f"{analysis}.csv", infer_schema_length=None)
     asked = dict(want)
     if asked.pop("own", False):
-        asked["layer"] = int(re.search(r"resid\[(\d+)\]", json.loads((path / "says.json").read_text())["rotation"])[1])
+        at = re.search(r"resid\[(\d+)\]", json.loads((path / "says.json").read_text("utf-8"))["rotation"])
+        assert at is not None
+        asked["layer"] = int(at[1])
     found = rows.filter(*(pl.col(key) == value for key, value in asked.items()))
     value, low, high = (float(found[key][0]) for key in ("value", "low", "high"))
+    return value, low, high
+
+
+def _looked(model: str, task: str, name: str, want: Want) -> str:
+    value, low, high = row_of(model, task, name, want)
     return f"{value:.2f}" if low == high else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 

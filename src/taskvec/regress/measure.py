@@ -41,9 +41,9 @@ class Sizes:
     """How many functions teach, choose and test; prompts of each that methods see, and those they are tested on; and
     the steps of trained methods."""
 
-    teach: int = 64
+    teach: int = 48
     look: int = 16
-    test: int = 64
+    test: int = 48
     clean: int = 8
     placed: int = 32
     queries: int = 4
