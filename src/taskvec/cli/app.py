@@ -170,7 +170,7 @@ def regress_bench(
         str, typer.Option("--text", help='The language model asked for functions of numbers as text ("": none).')
     ] = DEFAULT_MODEL,
     seeds: Annotated[int, typer.Option("--seeds", help="How many seeds: 0, 1, ...")] = 3,
-    functions: Annotated[int, typer.Option("--functions", help="Functions in the test.")] = 64,
+    functions: Annotated[int, typer.Option("--functions", help="Functions in the test.")] = 48,
     jobs: Annotated[int, typer.Option("--jobs", help="Processes of one thread each.")] = 2,
     device: Device = None,
     json: Json = False,
