@@ -1,10 +1,15 @@
 """Curves, drawn twice: the same numbers as SVG and as charts; text from data stays text."""
 
+import html
 import json
+import re
+from pathlib import Path
 
 from taskvec.analysis.finding import Found, panel, places, value
 from taskvec.report.curves import Curve, Panel, as_drawings, as_svg
+from taskvec.report.pictures import Page, Picture, picture_page
 from taskvec.results import Metric
+from tests.test_report_page import browse, browser
 
 HOSTILE = "<b>x</b> & </script>"
 
@@ -60,3 +65,26 @@ def test_a_panel_holds_the_rows_that_are_asked_for_in_order() -> None:
     (curve,) = panel("t", found, by="of", where={"measure": "q"}).curves
     assert [x for x, _ in curve.points] == [0, 1, 2]
     assert value(found, measure="p", layer=2).value == 2
+
+
+PROBE = """
+const out = { charts: document.querySelectorAll(".chart").length };
+out.drawn = document.querySelectorAll(".chart svg.main-svg").length;
+out.page = [document.documentElement.clientWidth, document.documentElement.scrollWidth, document.images.length];
+out.legend = document.querySelector(".legend text").textContent;
+out.title = document.querySelector("h1").textContent;
+"""
+
+
+@browser
+def test_in_a_browser_charts_are_drawn_and_names_are_text(tmp_path: Path) -> None:
+    drawn = [line(), line()]
+    picture = Picture("p", HOSTILE, HOSTILE, as_svg(drawn), tuple(as_drawings("p", HOSTILE, drawn)))
+    text = picture_page(Page(HOSTILE, "about", HOSTILE, (), (picture,), ()))
+    found = re.search(r'data-out="([^"]*)"', browse(tmp_path, text, probe=PROBE, width=390))
+    assert found is not None
+    out = json.loads(html.unescape(found[1]))
+    assert out["charts"] == 2
+    assert out["drawn"] >= 2
+    assert out["page"] == [390, 390, 0]
+    assert out["legend"] == out["title"] == HOSTILE

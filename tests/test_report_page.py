@@ -581,7 +581,7 @@ out.ran = [document.documentElement.dataset.ran || "", document.images.length];
 """
 
 
-def _browse(folder: Path, text: str, *, probe: str = "", width: int = 1280) -> str:
+def browse(folder: Path, text: str, *, probe: str = "", width: int = 1280) -> str:
     """The page's DOM after it has run, in a frame of that width. The probe's `out` is in a `data-out` attribute."""
     script = f"addEventListener('load', () => setTimeout(() => {{ {probe}; parent.postMessage(out, '*'); }}, 300))"
     (folder / "page.html").write_text(_with(text, script) if probe else text, "utf-8")
@@ -604,7 +604,7 @@ def _with(text: str, script: str) -> str:
 
 
 def _probed(folder: Path, text: str, width: int) -> dict[str, Any]:
-    found = re.search(r'data-out="([^"]*)"', _browse(folder, text, probe=PROBE, width=width))
+    found = re.search(r'data-out="([^"]*)"', browse(folder, text, probe=PROBE, width=width))
     assert found is not None
     out: dict[str, Any] = json.loads(html.unescape(found[1]))
     return out
@@ -612,7 +612,7 @@ def _probed(folder: Path, text: str, width: int) -> dict[str, Any]:
 
 @browser
 def test_in_a_browser_it_draws_under_its_own_policy(rich: str, tmp_path: Path) -> None:
-    dom = _browse(tmp_path, rich)
+    dom = browse(tmp_path, rich)
     assert dom.count('class="main-svg"') >= 18
     assert 'class="chart js-plotly-plot"' in dom
 

@@ -7,7 +7,7 @@ other task's. The null is a random vector of equal norm; below layer 0 stands th
 Shapes: n items, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from taskvec.analysis.subject import Subject, likeliest
 from taskvec.errors import InputError
 from taskvec.evaluate.observe import encode_answers
 from taskvec.lm import Encoded
+from taskvec.prompts import Example
 from taskvec.replay import Ask, Trial, replay
 from taskvec.results import Metric
 from taskvec.tasks import Split, Task, builtin_tasks, load_task
@@ -61,27 +62,31 @@ def rival(task: Task) -> str:
 
 def disputed(subject: Subject) -> tuple[list[Encoded], list[int], list[int]]:
     """The prompts, and the first tokens of both tasks' answers; items where these are one token are left out."""
-    if subject.beside.task is None:
+    other = subject.beside.task
+    if other is None:
         raise InputError("another task with the same queries", "none", "name one with --against")
-    test = subject.task.test
-    pairs = common(test, subject.beside.task)
-    examples = [test.examples[i] for i, _ in pairs]
-    theirs = [replace(example, output=output) for example, (_, output) in zip(examples, pairs, strict=True)]
-    golds, others = (
-        [int(gold[0]) for gold in encode_answers(subject.lm, replace(test, examples=tuple(some)))[0]] if some else []
-        for some in (examples, theirs)
-    )
+    pairs = common(subject.task.test, other)
+    own = [subject.task.test.examples[i] for i, _ in pairs]
+    theirs = [replace(example, output=output) for example, (_, output) in zip(own, pairs, strict=True)]
+    golds, others = (_first(subject, some) for some in (own, theirs))
     kept = [i for i, (a, b) in enumerate(zip(golds, others, strict=True)) if a != b][: len(subject.bare)]
     if len(kept) < LEAST:
-        found = f"{len(kept)} of {subject.task.name} and {subject.beside.task.name}"
+        found = f"{len(kept)} of {subject.task.name} and {other.name}"
         wanted = f"at least {LEAST} test queries that both tasks answer, differently"
         raise InputError(wanted, found, "try another --against")
-    asked = {examples[i].input for i in kept}
-    pool = [example for example in subject.beside.task.train.examples if example.input not in asked]
-    demos = replace(subject.beside.task.train, examples=tuple(pool)).demonstrations(seed=subject.seed)
-    format = subject.task.spec.format
-    prompts = [subject.lm.encode(format.prompt(examples[i].input, demos)) for i in kept]
+    asked = {own[i].input for i in kept}
+    pool = tuple(example for example in other.train.examples if example.input not in asked)
+    demos = replace(other.train, examples=pool).demonstrations(seed=subject.seed)
+    prompts = [subject.lm.encode(subject.task.spec.format.prompt(own[i].input, demos)) for i in kept]
     return prompts, [golds[i] for i in kept], [others[i] for i in kept]
+
+
+def _first(subject: Subject, examples: Sequence[Example]) -> list[int]:
+    """The first tokens of their outputs."""
+    if not examples:
+        return []
+    answers = encode_answers(subject.lm, replace(subject.task.test, examples=tuple(examples)))[0]
+    return [int(answer[0]) for answer in answers]
 
 
 def _measured(

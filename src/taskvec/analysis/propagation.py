@@ -29,7 +29,7 @@ from torch import Tensor
 from taskvec.analysis.finding import Cells, Finding, Found, average, panel, places, value
 from taskvec.analysis.subject import Subject
 from taskvec.errors import InputError
-from taskvec.replay import Ask, Trial, replay
+from taskvec.replay import Ask, Packed, Plain, Trial, replay
 from taskvec.results import Metric, bootstrap
 from taskvec.sites import Site
 from taskvec.vector import Add, Edit, TaskVector
@@ -72,24 +72,26 @@ def jacobians(subject: Subject) -> Float[Tensor, "L d d"]:
     layer's (`AT_ONCE` copies of the prompts in one pass, each asked for one entry of h). Those of the last subject are
     kept: two analyses read them."""
     lm, d = subject.lm, len(subject.direction)
-    sites = [Site("resid", layer) for layer in range(lm.n_layers)]
-    prompts = subject.bare[:PROMPTS]
-    engine, out = replay(lm, prompts, keep=True), torch.zeros(lm.n_layers, d, d)
+    engine, out = replay(lm, subject.bare[:PROMPTS], keep=True), torch.zeros(lm.n_layers, d, d)
     for first in range(0, d, AT_ONCE):
         entries = range(first, min(first + AT_ONCE, d))
-        leaves = [torch.zeros(lm.n_layers, d, requires_grad=True) for _ in entries]
-        vectors = [
-            TaskVector(tuple(Edit(site, Add(row)) for site, row in zip(sites, leaf, strict=True))) for leaf in leaves
-        ]
-        trials = [Trial(i, vector) for vector in vectors for i in range(len(prompts))]
-        with lm.frozen(), torch.enable_grad():
-            for numbers, states in engine.reached(trials, sites[-1]):
-                asked = torch.tensor([entries[number // len(prompts)] for number in numbers], device=states.device)
-                states.gather(1, asked[:, None]).sum().backward()  # type: ignore[no-untyped-call]
-        for entry, leaf in zip(entries, leaves, strict=True):
-            assert leaf.grad is not None
-            out[:, entry] = leaf.grad / len(prompts)
-    return out
+        out[:, list(entries)] = _entries(engine, entries, d)
+    return out / len(engine.prompts)
+
+
+def _entries(engine: Packed | Plain, entries: range, d: int) -> Float[Tensor, "L k d"]:
+    """The gradients of some entries of h, summed over prompts, by a shift of every layer: all prompts share the leaves
+    of one entry."""
+    lm, n = engine.lm, len(engine.prompts)
+    sites = [Site("resid", layer) for layer in range(lm.n_layers)]
+    leaves = [torch.zeros(len(sites), d, requires_grad=True) for _ in entries]
+    shifts = ((Edit(site, Add(row)) for site, row in zip(sites, leaf, strict=True)) for leaf in leaves)
+    trials = [Trial(i, vector) for vector in map(TaskVector, map(tuple, shifts)) for i in range(n)]
+    with lm.frozen(), torch.enable_grad():
+        for numbers, states in engine.reached(trials, sites[-1]):
+            asked = torch.tensor([entries[number // n] for number in numbers], device=states.device)
+            states.gather(1, asked[:, None]).sum().backward()  # type: ignore[no-untyped-call]
+    return torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None], 1)
 
 
 # --- shifts ----------------------------------------------------------------------------------------------------------

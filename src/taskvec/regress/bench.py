@@ -43,23 +43,26 @@ def regress_bench(
     """Measure learners, in `jobs` processes of one thread each, and `text`: a language model on numbers as text.
     What the folder holds of the same learners, sizes and version is not measured again. Raises `InputError` for no
     learners, seeds or jobs, and for two learners of one name."""
+    _check(learners, seeds, text, jobs)
+    out.mkdir(parents=True, exist_ok=True)
+    seeds, folder = list(dict.fromkeys(seeds)), out / "parts"
+    parts = [Part(what, learner, seed, sizes) for what in MEASURED for learner in learners for seed in seeds]
+    work = partial(_kept, folder=folder)
+    done = _in_processes(parts, folder, jobs) if jobs > 1 and len(parts) > 1 else map(work, parts)
+    measured = list(zip(parts, track(done, "parts", len(parts)), strict=True))
+    measured.sort(key=lambda one: (learners.index(one[0].model), seeds.index(one[0].seed)))
+    texts = [Part(TEXT, text[0], seed, text[1]) for seed in seeds] if text is not None else []
+    measured += [(part, work(part)) for part in track(texts, "numbers as text", len(texts))]
+    return [row for _, rows in measured for row in rows]
+
+
+def _check(learners: Sequence[Learner], seeds: Sequence[int], text: object, jobs: int) -> None:
     if not seeds or min(seeds) < 0 or not (learners or text) or jobs < 1:
         found = f"{len(learners)} learners, seeds {list(seeds)}, {jobs} jobs"
         raise InputError("a learner, a seed of 0 or more, a job", found, "name some")
     names = [learner.settings.name for learner in learners]
     if len(set(names)) < len(names):
         raise InputError("learners of different names", ", ".join(names), "rename one in its configuration")
-    out.mkdir(parents=True, exist_ok=True)
-    seeds = list(dict.fromkeys(seeds))
-    parts = [Part(what, learner, seed, sizes) for what in MEASURED for learner in learners for seed in seeds]
-    texts = [Part(TEXT, text[0], seed, text[1]) for seed in seeds] if text is not None else []
-    folder = out / "parts"
-    work = partial(_kept, folder=folder)
-    done = _in_processes(parts, folder, jobs) if jobs > 1 and len(parts) > 1 else map(work, parts)
-    measured = list(zip(parts, track(done, "parts", len(parts)), strict=True))
-    order = [(learner, seed) for learner in learners for seed in seeds]
-    rows = [row for one in order for part, some in measured if (part.model, part.seed) == one for row in some]
-    return rows + [row for part in track(texts, "numbers as text", len(texts)) for row in work(part)]
 
 
 @dataclass(frozen=True, eq=False)
