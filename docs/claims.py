@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from tables import MODEL, RESULTS, Want, analysed, markdown, read, row_of
+from tables import MODEL, RESULTS, analysed, markdown, read, row_of
 
 from taskvec.report.statistics import POOLED, WITHIN, WRONG, over
 from taskvec.results import SHUFFLED, TASK_MEAN, Metric, Row
@@ -107,7 +107,7 @@ def both(*finds: Callable[[], Found]) -> Callable[[], Found]:
         verdicts = [part.verdict for part in found]
         some = f"{YES} in part ({verdicts.count(YES)} of {len(found)})"
         verdict = verdicts[0] if len(set(verdicts)) == 1 else some if YES in verdicts else UNSURE
-        return Found("; ".join(part.measured for part in found), verdict)
+        return Found("; ".join(dict.fromkeys(part.measured for part in found)), verdict)
 
     return find
 
@@ -132,26 +132,54 @@ def adapted(unseen: bool, b: Sequence[str]) -> Callable[[], Found]:
     return find
 
 
-OV: Want = {"part": "variants", "way": "ov"}
-NULL: Want = {"vector": "random vector"}
-HEADS: Want = {"way": "vector", "percent": 10}
-R2: Want = {"measure": "R2", "own": True}
-TURNED: Want = {"measure": "alignment of Qv", "own": True}
-COSINE: Want = {"measure": "cos(v, Qv)", "own": True}
-
-
-def looked(says: str, name: str, one: Want, two: Want) -> Callable[[], Found]:
-    """A value of docs/analysis minus its null's, over tasks; reproduced where the interval is above 0."""
-    if not analysed(MODEL):
-        return not_here("not measured yet")
+def seen(says: str, least: float, gap: Callable[[str], float]) -> Callable[[], Found]:
+    """A number of each task of docs/analysis, over tasks: reproduced where its interval is above `least`, not where it
+    is below."""
 
     def find() -> Found:
-        gaps = [row_of(MODEL, task, name, one)[0] - row_of(MODEL, task, name, two)[0] for task in analysed(MODEL)]
+        if len(analysed(MODEL)) < 2:
+            return Found("not measured yet", NOT_HERE)
+        gaps = [gap(task) for task in analysed(MODEL)]
         found = over(gaps)
-        text = f"{says}: {found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {len(gaps)} tasks"
-        return Found(text, YES if found.low > 0 else NO if found.high < 0 else UNSURE)
+        text = f"{says}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], {len(gaps)} tasks"
+        verdict = YES if found.low > least else NO if found.high < least else UNSURE
+        return Found(f"{text}; asked for: above {least:g}", verdict)
 
     return find
+
+
+def _of(task: str, name: str, **want: object) -> float:
+    return row_of(MODEL, task, name, want)[0]
+
+
+def _path(task: str, way: str, vector: str = "vector") -> float:
+    return _of(task, "early/ov", part="variants", way=way, vector=vector)
+
+
+def _share(task: str, way: str) -> float:
+    """What a way keeps of the vector's gain over zero-shot."""
+    zero = _path(task, "zero-shot")
+    return (_path(task, way) - zero) / (_path(task, "itself") - zero)
+
+
+def _lost(task: str) -> float:
+    """What is lost without the key heads, beyond heads of the same layers, as a share of the accuracy with all."""
+    key, random = "key heads", "random heads of the same layers"
+    all_, out, null = (
+        _of(task, "early/heads", way="vector", heads=heads, percent=percent)
+        for heads, percent in ((key, 0), (key, 10), (random, 10))
+    )
+    return (null - out) / all_
+
+
+def _towards(task: str) -> float:
+    """How much more the rotation brings the vector into the outputs' span than it brings random vectors."""
+    own, random = (
+        _of(task, "early/rotation", measure="alignment of Qv", of=of, own=True)
+        - _of(task, "early/rotation", measure="alignment of v", of=of, own=True)
+        for of in ("the vector", "random vectors")
+    )
+    return own - random
 
 
 # --- particular claims -----------------------------------------------------------------------------------------------
@@ -300,46 +328,39 @@ PAPERS: dict[str, list[Claim]] = {
         Claim(
             "It acts through OV circuits",
             "OV alone keeps 52 of 83",
-            looked("accuracy, OV path minus that of a random vector", "early/ov", OV | {"vector": "vector"}, OV | NULL),
+            seen("share of the vector's gain that the OV path alone keeps", 0.3, lambda task: _share(task, "ov")),
         ),
         Claim(
             "A tenth of the heads carries it",
             "51 of 83 without them",
-            looked(
-                "accuracy without heads of the same layers, minus without key heads",
-                "early/heads",
-                HEADS | {"heads": "random heads of the same layers"},
-                HEADS | {"heads": "key heads"},
-            ),
+            seen("lost without key heads, beyond heads of the same layers, as a share", 0.2, _lost),
         ),
         Claim(
             "It propagates almost linearly",
             "figures only",
-            looked(
-                "R² of the mean Jacobian for random vectors at its layer, minus the constant shift's",
-                "early/propagation",
-                R2 | {"by": "J, random vectors"},
-                R2 | {"by": "constant shift"},
+            both(
+                *(
+                    seen(
+                        f"R² of the mean Jacobian, {of}, at the vector's layer",
+                        0.5,
+                        lambda task, of=of: _of(task, "early/propagation", measure="R2", by=f"J, {of}", own=True),
+                    )
+                    for of in ("the vector", "random vectors")
+                )
             ),
         ),
         Claim(
             "Early vectors are rotated towards the task",
             "figures only",
-            looked(
-                "alignment of Qv, minus that of random vectors",
-                "early/rotation",
-                TURNED | {"of": "the vector"},
-                TURNED | {"of": "random vectors"},
-            ),
+            seen("alignment that the rotation adds, beyond what it adds to random vectors", 0.0, _towards),
         ),
         Claim(
             "Late vectors are only stretched",
             "figures only",
-            looked(
-                "cos(v, Qv) of a late vector, minus random vectors'",
-                "late/rotation",
-                COSINE | {"of": "the vector"},
-                COSINE | {"of": "random vectors"},
+            seen(
+                "cos(v, Qv) of a late vector",
+                0.9,
+                lambda task: _of(task, "late/rotation", measure="cos(v, Qv)", of="the vector", own=True),
             ),
         ),
     ],

@@ -213,10 +213,10 @@ def analyses(model: str) -> str:
 
 
 STATEMENTS: list[tuple[str, str, Want]] = [
-    ("accuracy, zero-shot", "early/ov", {"way": "zero-shot"}),
+    ("accuracy, zero-shot", "early/ov", {"part": "variants", "way": "zero-shot", "vector": "vector"}),
     ("with the vector", "early/ov", {"part": "variants", "way": "itself", "vector": "vector"}),
     ("OV path instead of it", "early/ov", {"part": "variants", "way": "ov", "vector": "vector"}),
-    ("null: of a random vector", "early/ov", {"part": "variants", "way": "ov", "vector": "random vector"}),
+    ("null: of random vectors", "early/ov", {"part": "variants", "way": "ov", "vector": "random vector"}),
     ("MLPs' path instead", "early/ov", {"part": "variants", "way": "mlp", "vector": "vector"}),
     ("the vector without its OV path", "early/ov", {"part": "variants", "way": "without ov", "vector": "vector"}),
     ("accuracy on the other half of the items", "early/heads", {"way": "vector", "heads": "key heads", "percent": 0}),
@@ -228,7 +228,12 @@ STATEMENTS: list[tuple[str, str, Want]] = [
     ),
     ("R² of the mean Jacobian, the vector", "early/propagation", {"measure": "R2", "by": "J, the vector", "own": True}),
     ("random vectors", "early/propagation", {"measure": "R2", "by": "J, random vectors", "own": True}),
-    ("null: the constant shift", "early/propagation", {"measure": "R2", "by": "constant shift", "own": True}),
+    ("their sums", "early/propagation", {"measure": "R2", "by": "J, sums", "own": True}),
+    (
+        "to beat there: the constant shift",
+        "early/propagation",
+        {"measure": "R2", "by": "constant shift, of sums", "own": True},
+    ),
     ("early vector: cos(v, Qv)", "early/rotation", {"measure": "cos(v, Qv)", "of": "the vector", "own": True}),
     ("null: random vectors", "early/rotation", {"measure": "cos(v, Qv)", "of": "random vectors", "own": True}),
     ("its alignment", "early/rotation", {"measure": "alignment of v", "of": "the vector", "own": True}),
@@ -264,6 +269,7 @@ def row_of(model: str, task: str, name: str, want: Want) -> tuple[float, float, 
         assert at is not None
         asked["layer"] = int(at[1])
     found = rows.filter(*(pl.col(key) == value for key, value in asked.items()))
+    assert len(found) == 1, f"{len(found)} rows of {path}/{analysis}.csv are {asked}"
     value, low, high = (float(found[key][0]) for key in ("value", "low", "high"))
     return value, low, high
 

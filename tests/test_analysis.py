@@ -162,7 +162,7 @@ def test_layers_below_the_vector_are_as_without_it() -> None:
 
 def test_a_sweep_has_every_setting_and_its_null() -> None:
     found = sweep(subject()).frame
-    assert found.shape == (2 * subject().lm.n_layers * len(STRENGTHS) * 4 + 1, 7)
+    assert found.shape == (2 * subject().lm.n_layers * len(STRENGTHS) * 4 + 3, 7)
 
 
 def test_a_sweep_shows_what_becomes_of_another_task() -> None:
@@ -173,7 +173,7 @@ def test_a_sweep_shows_what_becomes_of_another_task() -> None:
     found = sweep(one)
     at = {"vector": "vector", "layer": 2, "strength": 2.0, "measure": f"accuracy on {label_task().name}"}
     assert value(found.frame, **at) == pytest.approx(float(np.mean(hits)))
-    assert f"few-shot {label_task().name} falls" in found.says
+    assert f"few-shot {label_task().name} goes" in found.says
 
 
 def test_damage_is_the_loss_of_a_passage_with_the_vector_everywhere() -> None:

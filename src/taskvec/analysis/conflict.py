@@ -2,7 +2,8 @@
 
 Queries that both tasks have an answer for stand behind demonstrations of the `other` task, and the vector is added at
 every layer in turn (at its own strength). Counted: the likeliest first token is the vector's task's answer, or the
-other task's. The null is a random vector of equal norm; below layer 0 stands the prompt without any.
+other task's. The null is random vectors of equal norm; below layer 0 stands the prompt without any. The layer that is
+spoken of is chosen on one half of the items and reported on the other, for the null too.
 
 Shapes: n items, V vocabulary.
 """
@@ -11,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from taskvec.analysis.finding import Cells, Finding, Found, panel, share, value
+from taskvec.analysis.finding import Cells, Finding, Found, average, panel, value
 from taskvec.analysis.subject import Subject, likeliest
 from taskvec.errors import InputError
 from taskvec.evaluate.observe import encode_answers
@@ -28,6 +30,8 @@ LEAST = 8
 """Queries that have an answer in both tasks."""
 APART = "past_tense"
 """The task for side effects where none has queries in common."""
+DRAWS = 3
+"""Random vectors."""
 ALONE = -1
 """The layer of no vector."""
 OWN, SHOWN, RANDOM = "the vector's task", "the prompt's task", ", random vector"
@@ -38,8 +42,9 @@ def conflict(subject: Subject) -> Finding:
     queries."""
     prompts, own, other = disputed(subject)
     found: Found = list(_measured(subject, prompts, own, other))
+    curves = [(of, metric) for of, metric in found if "layer" in of]
     nulls = [OWN + RANDOM, SHOWN + RANDOM]
-    drawn = (panel("whose answer, by the vector's layer", found, by="whose", where={}, nulls=nulls),)
+    drawn = (panel("whose answer, by the vector's layer", curves, by="whose", where={}, nulls=nulls),)
     return Finding("conflict", "Conflict", _says(subject, found, len(prompts)), drawn, found)
 
 
@@ -93,27 +98,39 @@ def _measured(
     subject: Subject, prompts: list[Encoded], own: list[int], other: list[int]
 ) -> Iterator[tuple[Cells, Metric]]:
     engine = replay(subject.lm, prompts, keep=True)
+    half = len(prompts) // 2
+    answers = {OWN: torch.tensor(own), SHOWN: torch.tensor(other)}
 
-    def said(vector: TaskVector | None) -> Tensor:
-        return engine.answer([Trial(i, vector) for i in range(len(prompts))], Ask(keep=likeliest)).kept
+    def said(vectors: Sequence[TaskVector | None]) -> Float[Tensor, "m n"]:
+        trials = [Trial(i, vector) for vector in vectors for i in range(len(prompts))]
+        return engine.answer(trials, Ask(keep=likeliest)).kept.reshape(len(vectors), -1)
 
-    for end, row in (("", subject.direction), (RANDOM, subject.random(0))):
+    random = [subject.random(number) for number in range(DRAWS)]
+    for end, rows in (("", [subject.direction]), (RANDOM, random)):
+        hits = dict[int, dict[str, Tensor]]()
         for layer in (ALONE, *range(subject.lm.n_layers)):
-            tokens = said(None if layer == ALONE else subject.added(row, layer))
-            for whose, golds in ((OWN, own), (SHOWN, other)):
-                yield {"whose": whose + end, "layer": layer}, share(tokens == torch.tensor(golds))
+            tokens = said([None if layer == ALONE else subject.added(row, layer) for row in rows])
+            hits[layer] = {whose: (tokens == gold).float().mean(0) for whose, gold in answers.items()}
+            for whose, found in hits[layer].items():
+                yield {"whose": whose + end, "layer": layer}, average(found)
+        best = max(range(subject.lm.n_layers), key=lambda layer: float(hits[layer][OWN][:half].mean()))
+        for whose, found in hits[best].items():
+            yield {"held out": whose + end, "best": best}, average(found[half:])
 
 
 def _says(subject: Subject, found: Found, n: int) -> str:
     assert subject.beside.task is not None
 
-    def of(whose: str, layer: int) -> float:
-        return value(found, whose=whose, layer=layer).value
+    def of(whose: str) -> float:
+        return value(found, **{"held out": whose}).value
 
-    best = max(range(subject.lm.n_layers), key=lambda layer: of(OWN, layer))
+    def alone(whose: str) -> float:
+        return value(found, whose=whose, layer=ALONE).value
+
+    best = next(cells["best"] for cells, _ in found if cells.get("held out") == OWN)
     return (
-        f"Behind examples of {subject.beside.task.name} the model answers {of(SHOWN, ALONE):.2f} of {n} queries as "
-        f"they say and {of(OWN, ALONE):.2f} as {subject.task.name} would; with the vector at layer {best} "
-        f"{of(SHOWN, best):.2f} and {of(OWN, best):.2f} (a random vector there: {of(SHOWN + RANDOM, best):.2f} and "
-        f"{of(OWN + RANDOM, best):.2f})."
+        f"Behind examples of {subject.beside.task.name} the model answers {alone(SHOWN):.2f} of {n} queries as they "
+        f"say and {alone(OWN):.2f} as {subject.task.name} would; with the vector at layer {best} {of(SHOWN):.2f} and "
+        f"{of(OWN):.2f} of the other half (random vectors, at their best layer: {of(SHOWN + RANDOM):.2f} and "
+        f"{of(OWN + RANDOM):.2f})."
     )

@@ -4,10 +4,11 @@
   directions;
 - separability: how often a vector's nearest neighbour is of its task; clustering: how well as many clusters as tasks
   (average linkage of cosine distances) are the tasks, by the adjusted Rand index. The null: tasks permuted;
-- alignment: the share of a vector in the span of its own task's outputs, beside that of the other tasks' outputs;
+- alignment: the share of a vector in the span of its own task's outputs, beside that of random tokens, as many;
 - effective rank: exp of the entropy of the squared singular values of the unit vectors, beside random ones;
 - arithmetic: with b, c two vectors of one other task, a - b + c should do a's task as a does; composition: a + b on
-  both tasks. The null has random directions of b's and c's norms in their places.
+  both tasks. The null has random directions of the norms of c - b, and of b (of a, on b's task), in their places. All
+  are vectors of a's layer, where they are added.
 
 Shapes: m vectors, d width of the residual stream, n prompts.
 """
@@ -23,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taskvec.analysis.finding import Cells, Finding, Found, average, places, share, value
-from taskvec.analysis.lens import alignment, span
+from taskvec.analysis.lens import alignment, spans
 from taskvec.analysis.subject import Subject, likeliest, one_addition
 from taskvec.errors import InputError
-from taskvec.evaluate.observe import encode_answers, first_tokens
+from taskvec.evaluate.observe import check_unseen, encode_answers, first_tokens
 from taskvec.replay import Ask, Trial, replay
 from taskvec.results import Metric
 from taskvec.tasks import Task, load_task
@@ -79,8 +80,16 @@ def geometry(subject: Subject) -> Finding:
 
 
 def _task(subject: Subject, name: str) -> Task:
+    """The task, with no test item that one of its vectors was fitted on."""
     spec = subject.task.spec
-    return subject.task if name == spec.name else load_task(name, format=spec.format, shots=spec.shots)
+    if name == spec.name:
+        return subject.task
+    origins = [vector.origin for vector in subject.beside.vectors if vector.origin is not None]
+    kept = [origin.n_test for origin in origins if origin.task == name and origin.n_test]
+    task = load_task(name, format=spec.format, shots=spec.shots, n_test=min(kept, default=100))
+    for origin in origins:
+        check_unseen(task.test, origin)
+    return task
 
 
 # --- alike -----------------------------------------------------------------------------------------------------------
@@ -148,14 +157,12 @@ def clustered(table: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 
 def _aligned(subject: Subject, shelf: Shelf, tasks: dict[str, Task]) -> Iterator[tuple[Cells, Metric]]:
-    unembedding = subject.lm.model.get_output_embeddings().weight.detach().float().cpu()
-    outputs = {name: span(unembedding[_outputs(subject, task)]) for name, task in tasks.items()}
-    for name in tasks:
+    for name, task in tasks.items():
+        own, random = spans(subject, _outputs(subject, task))
         rows = shelf.rows[[i for i, task in enumerate(shelf.tasks) if task == name]]
-        yield {"measure": "alignment", "of": name, "kind": "its task's"}, average(alignment(outputs[name], rows))
-        size = outputs[name].shape[1]
-        others = [alignment(basis[:, :size], rows) for other, basis in outputs.items() if other != name]
-        yield {"measure": "alignment", "of": name, "kind": "null"}, average(torch.cat(others))
+        yield {"measure": "alignment", "of": name, "kind": "its task's"}, average(alignment(own, rows))
+        null = torch.cat([alignment(one, rows) for one in random])
+        yield {"measure": "alignment", "of": name, "kind": "null"}, average(null)
 
 
 def _outputs(subject: Subject, task: Task) -> list[int]:
@@ -180,27 +187,25 @@ def effective_rank(rows: Float[Tensor, "m d"]) -> float:
 
 def _arithmetic(subject: Subject, shelf: Shelf, tasks: dict[str, Task]) -> Iterator[tuple[Cells, Metric]]:
     own, name = shelf.rows[0], shelf.tasks[0]
-    noise = _random(shelf.rows)
-    others = [i for i, task in enumerate(shelf.tasks) if task != name]
-    pairs = [(i, j) for i, j in combinations(others, 2) if shelf.tasks[i] == shelf.tasks[j]][:PAIRS]
-    singles = list({shelf.tasks[i]: i for i in others}.values())[:PAIRS]
-
-    def tried(of: str, kind: str, rows: Sequence[Tensor], task: Task) -> tuple[Cells, Metric]:
-        return {"measure": "accuracy", "of": of, "kind": kind}, share(
-            torch.cat([_hits(subject, task, r) for r in rows])
-        )
-
-    yield tried(f"a on {name}", "vectors", [own], tasks[name])
+    there = [i for i, layer in enumerate(shelf.layers) if layer == shelf.layers[0] and shelf.tasks[i] != name]
+    yield _tried(subject, f"a on {name}", "vectors", tasks[name], [own])
+    pairs = [(i, j) for i, j in combinations(there, 2) if shelf.tasks[i] == shelf.tasks[j]][:PAIRS]
     if pairs:
-        sums = {"vectors": shelf.rows, "null": noise}
-        for kind, rows in sums.items():
-            yield tried(f"a - b + c on {name}", kind, [own - rows[i] + rows[j] for i, j in pairs], tasks[name])
-    for i in singles:
-        theirs = shelf.tasks[i]
-        yield tried(f"b on {theirs}", "vectors", [shelf.rows[i]], tasks[theirs])
-        for kind, a, b in (("vectors", own, shelf.rows[i]), ("null", noise[0], noise[i])):
-            yield tried(f"a + b on {theirs}", kind, [a + shelf.rows[i]], tasks[theirs])
-            yield tried(f"a + b on {name} (b of {theirs})", kind, [own + b], tasks[name])
+        moves = torch.stack([shelf.rows[j] - shelf.rows[i] for i, j in pairs])
+        for kind, rows in (("vectors", moves), ("null", _random(moves))):
+            yield _tried(subject, f"a - b + c on {name}", kind, tasks[name], list(own + rows))
+    for theirs, i in {shelf.tasks[i]: i for i in reversed(there)}.items():
+        b = shelf.rows[i]
+        noise_a, noise_b = _random(torch.stack([own, b]))
+        yield _tried(subject, f"b on {theirs}", "vectors", tasks[theirs], [b])
+        for kind, for_b, for_a in (("vectors", own, b), ("null", noise_a, noise_b)):
+            yield _tried(subject, f"a + b on {theirs}", kind, tasks[theirs], [b + for_b])
+            yield _tried(subject, f"a + b on {name} (b of {theirs})", kind, tasks[name], [own + for_a])
+
+
+def _tried(subject: Subject, of: str, kind: str, task: Task, rows: Sequence[Tensor]) -> tuple[Cells, Metric]:
+    hits = torch.cat([_hits(subject, task, row) for row in rows])
+    return {"measure": "accuracy", "of": of, "kind": kind}, share(hits)
 
 
 def _hits(subject: Subject, task: Task, row: Tensor) -> Tensor:

@@ -4,21 +4,24 @@
                            token, p the probability of the answer's first token, both under the vector
 
 for all heads from one backward pass (as printed, the paper takes the absolute value of z alone). It is checked against
-exact ablation, p without head k minus p, by rank correlation over heads. Then the heads that are most salient on one
-half of the items are taken out (set to 0) and accuracy is measured on the other half, beside heads drawn at random from
-the same layers (the null: salient heads lie in certain layers, so heads drawn from all would be an easy contrast), and
-the same heads are taken out of few-shot inference without the vector. Where they look: the last token's attention to
-the first token (the sink) and to the last three. Their overlap with the heads of the largest mean indirect effect
-(function-vector heads) stands beside what chance gives.
+exact ablation, p without head k minus p, by rank correlation over heads (of mean sizes, by which heads are ranked, and
+of signed means). Then the heads that are most salient on one half of the items are taken out (set to 0) and accuracy is
+measured on the other half, beside heads drawn at random from the same layers (the null: salient heads lie in certain
+layers, so heads drawn from all would be an easy contrast), and the same heads are taken out of few-shot inference
+without the vector. Where they look: the last token's attention to the first token (the sink) and to the last three.
+Their overlap with the heads of the largest mean indirect effect (function-vector heads) stands beside that of random
+heads of the same layers.
 
 Shapes: n items, L layers, J query heads of a layer, w width of a head.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from taskvec.analysis.attention import attention
@@ -40,6 +43,7 @@ DRAWS = 5
 """Random sets of heads."""
 TRIALS = 8
 """Few-shot prompts that function-vector heads are found on, behind as many for the means."""
+SHUFFLES = 200
 NULL = "random heads of the same layers"
 
 
@@ -57,7 +61,7 @@ def heads(subject: Subject) -> Finding:
     key = ranked[: dose(KEY, above)]
     found: Found = [*_by_layer(saliency, key, subject), *_checked(saliency, exact, above)]
     found += _doses(subject, ranked, range(half, len(subject.bare)))
-    found += _looks(subject, key, above)
+    found += _looks(subject, key)
     found += _overlap(subject, key, above)
     ways = ("vector", "few-shot")
     drawn = (
@@ -66,7 +70,7 @@ def heads(subject: Subject) -> Finding:
             panel(f"{way}: accuracy by percent out", found, by="heads", x="percent", where={"way": way}, nulls=[NULL])
             for way in ways
         ),
-        places("attention of the last token", found, x="to", by="heads", where={"measure": "look"}, nulls=["others"]),
+        places("attention of the last token", found, x="to", by="heads", where={"measure": "look"}, nulls=[NULL]),
     )
     return Finding("heads", "Key heads", _says(found, len(above)), drawn, found)
 
@@ -97,8 +101,8 @@ def dose(percent: int, some: Sequence[Head]) -> int:
 
 
 def matched(key: Sequence[Head], n_heads: int, *, seed: int) -> list[Head]:
-    """As many heads of each layer, drawn at random from all of that layer that are not in `key` (from all of them where
-    too few are left)."""
+    """As many heads of each layer, drawn at random from all of that layer that are not in `key`; from all of them where
+    too few are left, so that the two sets overlap there."""
     rng, out = np.random.default_rng(seed), list[Head]()
     for layer in sorted({layer for layer, _ in key}):
         own = [head for at, head in key if at == layer]
@@ -123,13 +127,14 @@ def _checked(saliency: Tensor, exact: Tensor, above: Sequence[Head]) -> Iterable
 
     layer, head = (torch.tensor(part) for part in zip(*above, strict=True))
     first, whole = (-saliency[:, layer, head]).double().numpy(), exact.double().numpy()
+    for of, a, b in (("sizes", np.abs(first), np.abs(whole)), ("signed", first, whole)):
 
-    def spearman(picked: np.ndarray) -> np.ndarray:
-        a, b = (rankdata(part[picked].mean(-2), axis=-1) for part in (first, whole))
-        a, b = (part - part.mean(-1, keepdims=True) for part in (a, b))
-        return np.asarray((a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1)))
+        def spearman(picked: NDArray[np.int64], pair: tuple[Any, Any] = (a, b)) -> NDArray[np.float64]:
+            x, y = (rankdata(part[picked].mean(-2), axis=-1) for part in pair)
+            x, y = (part - part.mean(-1, keepdims=True) for part in (x, y))
+            return np.asarray((x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1)))
 
-    yield {"measure": "rank correlation with exact ablation"}, bootstrap(spearman, len(first))
+        yield {"measure": "rank correlation with exact ablation", "of": of}, bootstrap(spearman, len(first))
 
 
 def _doses(subject: Subject, ranked: Sequence[Head], items: range) -> Iterable[tuple[Cells, Metric]]:
@@ -159,21 +164,20 @@ def removed(subject: Subject, some: Sequence[Head]) -> TaskVector:
     return TaskVector(tuple(Edit(Site("heads", *head), Replace(torch.zeros(width))) for head in some))
 
 
-def _looks(subject: Subject, key: Sequence[Head], above: Sequence[Head]) -> Iterable[tuple[Cells, Metric]]:
+def _looks(subject: Subject, key: Sequence[Head]) -> Iterable[tuple[Cells, Metric]]:
     """Mean over items, then over heads with an interval by head."""
     weights = attention(subject.lm, subject.bare, subject.vector)
     sink = torch.stack([one[..., 0] for one in weights]).mean(0)
     last = torch.stack([one[..., -3:].sum(-1) for one in weights]).mean(0)
-    others = [head for head in above if head not in set(key)]
+    others = [head for number in range(DRAWS) for head in matched(key, subject.lm.n_heads, seed=number)]
     for to, mass in (("first token", sink), ("last three", last)):
-        for name, some in (("key heads", key), ("others", others)):
+        for name, some in (("key heads", key), (NULL, sorted(set(others)))):
             yield {"measure": "look", "heads": name, "to": to}, average([float(mass[head]) for head in some])
 
 
 def _overlap(subject: Subject, key: Sequence[Head], above: Sequence[Head]) -> Iterable[tuple[Cells, Metric]]:
-    """The share of key heads among as many function-vector heads; what chance gives, with its 95 % range."""
-    from scipy.stats import hypergeom
-
+    """The share of key heads among as many function-vector heads; that of random heads of the same layers, with the
+    range of 95 % of the draws."""
     lm, train = subject.lm, subject.task.train
     if train.spec.shots < 2:
         return
@@ -183,23 +187,26 @@ def _overlap(subject: Subject, key: Sequence[Head], above: Sequence[Head]) -> It
     means = torch.stack([states[site].mean(0).reshape(lm.n_heads, -1) for site in sites])
     prompts, answers = encode_drawn(lm, train, draw(train, TRIALS, seed=subject.seed, shuffled=True))
     effects = indirect_effects(lm, prompts, [answer[0] for answer in answers], means, list(above)).mean(0)
-    order = effects.argsort(descending=True, stable=True).tolist()
-    both = {above[i] for i in order[: len(key)]} & set(key)
-    chance = hypergeom(len(above), len(key), len(key))
-    got = len(both) / len(key)
-    yield {"measure": "also function-vector heads", "heads": "key heads"}, Metric(got, got, got)
-    low, high = chance.interval(0.95)
-    null = Metric(float(chance.mean()) / len(key), float(low) / len(key), float(high) / len(key))
-    yield {"measure": "also function-vector heads", "heads": "chance"}, null
+    best = {above[i] for i in effects.argsort(descending=True, stable=True).tolist()[: len(key)]}
+
+    def shared(some: Sequence[Head]) -> float:
+        return len(best & set(some)) / len(key)
+
+    drawn = np.array([shared(matched(key, lm.n_heads, seed=number)) for number in range(SHUFFLES)])
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    own = Metric(shared(key), shared(key), shared(key))
+    yield {"measure": "also function-vector heads", "heads": "key heads"}, own
+    null = Metric(float(drawn.mean()), float(low), float(high))
+    yield {"measure": "also function-vector heads", "heads": NULL}, null
 
 
 def _says(found: Found, count: int) -> str:
     def out(way: str, name: str, percent: int = KEY) -> str:
         return f"{value(found, way=way, heads=name, percent=percent).value:.2f}"
 
-    rho = value(found, measure="rank correlation with exact ablation")
+    rho = value(found, measure="rank correlation with exact ablation", of="sizes")
     return (
-        f"Without the {KEY} % most salient of the {count} heads above the vector accuracy falls from "
+        f"Without the {KEY} % most salient of the {count} heads above the vector accuracy goes from "
         f"{out('vector', NULL, 0)} to {out('vector', 'key heads')} (without random heads of the same layers: "
         f"{out('vector', NULL)}), few-shot's from {out('few-shot', NULL, 0)} to {out('few-shot', 'key heads')} "
         f"({out('few-shot', NULL)}); saliency ranks heads like exact ablation does at rho {rho.value:.2f} "

@@ -14,7 +14,7 @@ read it, whatever its family. Three measures:
 Shapes: n prompts, K labels, d width of the residual stream.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -45,7 +45,7 @@ def lens(subject: Subject) -> Finding:
         "random vector": subject.states(subject.bare, subject.added(subject.random(0), subject.layer), sites),
         "few-shot": subject.states(subject.behind, None, sites),
     }
-    both = spans(subject)
+    both = spans(subject, subject.labels)
     found = [one for name, states in conditions.items() for one in _measured(subject, name, states, both)]
     words = [subject.lm.decode([token]) for token in top_tokens(subject, subject.direction, 5)]
     says = (
@@ -73,13 +73,12 @@ def alignment(basis: Float[Tensor, "d r"], h: Float[Tensor, "n d"]) -> Float[Ten
     return inside.float()
 
 
-def spans(subject: Subject) -> Spans:
-    """That of the task's outputs' unembedding rows, and those of random tokens', as many."""
+def spans(subject: Subject, labels: Sequence[int]) -> Spans:
+    """That of the labels' unembedding rows, and those of random tokens', as many."""
     unembedding = subject.lm.model.get_output_embeddings().weight.detach().float().cpu()
     generator = torch.Generator().manual_seed(subject.seed)
-    count = len(subject.labels)
-    sets = [torch.randperm(len(unembedding), generator=generator)[:count] for _ in range(NULLS)]
-    return span(unembedding[subject.labels]), [span(unembedding[some]) for some in sets]
+    sets = [torch.randperm(len(unembedding), generator=generator)[: len(labels)] for _ in range(NULLS)]
+    return span(unembedding[list(labels)]), [span(unembedding[some]) for some in sets]
 
 
 def read(subject: Subject, h: Float[Tensor, "n d"], keep: Callable[[int, Tensor], Tensor]) -> Float[Tensor, "n ..."]:

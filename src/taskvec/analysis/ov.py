@@ -8,37 +8,41 @@ norm's scale s(h) of the stream h that the head reads, both as in the run with t
 which is put in there, in all heads of layers l + 1 to m, in place of theta. Beside it stand: the weights left out
 (c = 1); the norm left to the vector itself (s(theta)); all gains at once, summed up at layer l; what MLPs make of
 theta (MLP(h + theta) - MLP(h)), put in the same way; and necessity: theta stays, and every gain is taken out. The null
-is a random vector of equal norm, treated the same.
+is a random vector of equal norm, treated the same (the mean over `DRAWS` of them).
 
 W_V theta needs no weights' names: attention over one token is its OV circuit, so it is read off the model's own
-one-token pass (grouped queries, fused projections and all). How the norm scales is found the same way, by trying.
-The paper leaves open whether theta passes the norm; without its scale the sum has no meaning in the model's stream.
+one-token pass (grouped queries, fused projections and all). How the norm scales is found the same way, by trying. A
+family whose one token does not look at itself alone (attention sinks), or whose heads are no linear map of what they
+read (gates), is refused. The paper leaves open whether theta passes the norm; without its scale the sum has no meaning
+in the model's stream. Where attention ends with a norm of its own, the sum at layer l is left out: what heads hand over
+is not what enters the stream there.
 
 Shapes: n prompts, L layers, J query heads of a layer, w width of a head, d width of the residual stream.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from taskvec.analysis.attention import attention
-from taskvec.analysis.finding import Cells, Finding, Found, panel, places, share, value
+from taskvec.analysis.finding import Cells, Finding, Found, average, panel, places, share, value
 from taskvec.analysis.subject import Subject
-from taskvec.errors import InputError
+from taskvec.errors import InputError, ModelError
 from taskvec.evaluate.drawing import project
 from taskvec.lm import LM, Encoded
 from taskvec.replay import Ask, Trial, replay
-from taskvec.results import Metric
 from taskvec.sites import Site
 from taskvec.vector import Add, Edit, Replace, TaskVector
 
 STEPS = 8
 """Upper layers at which the cumulative curves are measured."""
+DRAWS = 3
+"""Random vectors."""
 VECTOR, NULL = "vector", "random vector"
 Gains = Mapping[int, Float[Tensor, "n Jw"]]
 """What each prompt's heads gain, by layer."""
@@ -50,15 +54,17 @@ def ov(subject: Subject) -> Finding:
     if subject.layer >= top:
         wanted = f"a vector below layer {top}, with heads above it"
         raise InputError(wanted, f"one at {subject.edit.site}", "analyse one of an earlier layer")
-    found = list[tuple[Cells, Metric]]()
-    for name, row in ((VECTOR, subject.direction), (NULL, subject.random(0))):
-        found += [({"vector": name, **of}, metric) for of, metric in _measured(Path(subject, row))]
-    found.append(({"vector": "none", "way": "zero-shot"}, subject.accuracy(None)))
+    check_heads(subject)
+    found: Found = [({"vector": VECTOR, **of}, share(hits)) for of, hits in _measured(Path(subject, subject.direction))]
+    nulls = [list(_measured(Path(subject, subject.random(number)))) for number in range(DRAWS)]
+    for same in zip(*nulls, strict=True):
+        hits = torch.stack([hits.float() for _, hits in same]).mean(0)
+        found.append(({"vector": NULL, **same[0][0]}, average(hits)))
     curves = [({**of, "curve": _curve(of)}, metric) for of, metric in found if "layer" in of]
-    nulls = [f"{way}, {NULL}" for way in ("ov", "mlp", "without ov")]
+    dotted = [f"{way}, {NULL}" for way in ("ov", "mlp", "without ov")]
     drawn = (
-        panel("in the vector's place, layers up to", curves, by="curve", where={"part": "instead"}, nulls=nulls),
-        panel("beside the vector, layers up to", curves, by="curve", where={"part": "beside"}, nulls=nulls),
+        panel("in the vector's place, layers up to", curves, by="curve", where={"part": "instead"}, nulls=dotted),
+        panel("beside the vector, layers up to", curves, by="curve", where={"part": "beside"}, nulls=dotted),
         places("all layers", found, x="way", by="vector", where={"part": "variants"}, nulls=[NULL]),
     )
     return Finding("ov", "OV reconstruction", _says(found), drawn, found)
@@ -135,22 +141,31 @@ def values(lm: LM, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n L Jw"]:
     sites = [Site("heads", layer) for layer in range(lm.n_layers)]
     inputs = [Site("embed"), *(Site("resid", layer) for layer in range(lm.n_layers - 1))]
     trials = [Trial(0, TaskVector(tuple(Edit(site, Replace(row)) for site in inputs))) for row in rows]
-    found = replay(lm, [one_token(lm)]).answer(trials, Ask(states=tuple(sites))).states
+    found = replay(lm, [ONE_TOKEN]).answer(trials, Ask(states=tuple(sites))).states
     return torch.stack([found[site] for site in sites], 1)
 
 
-def one_token(lm: LM) -> Encoded:
-    """A prompt of one token; which one does not matter."""
-    return Encoded((0,))
+ONE_TOKEN = Encoded((0,))
+"""A prompt of one token; which one does not matter."""
+
+
+def check_heads(subject: Subject) -> None:
+    """Raise `ModelError` where attention over one token is not the heads' linear map of it."""
+    lm, row = subject.lm, subject.direction
+    weights = attention(lm, [ONE_TOKEN], None)[0]
+    zero, plus, minus = values(lm, torch.stack([torch.zeros_like(row), row, -row]))
+    odd = (plus + minus - 2 * zero).norm() <= _small(lm) * (plus - zero).norm()
+    if not odd or float((weights - 1).abs().max()) > _small(lm):
+        wanted = "heads that hand over a linear map of what they read, all of it"
+        raise ModelError(wanted, f"gates or attention sinks in {lm.id}", "leave ov out for this family")
 
 
 def norm_scale(lm: LM, row: Float[Tensor, " d"]) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, " n"]]:
     """How the norm before attention scales a stream, found by trying: not at all (no norm there), by its spread about
     its mean (LayerNorm), or by its root mean square."""
     moved = row + row.abs().mean()
-    read = values(lm, torch.stack([torch.zeros_like(row), row, 2 * row, moved]))
-    zero, once, twice, shifted = read[:, lm.n_layers // 2]
-    small = 1e-3 * (once - zero).norm()
+    zero, once, twice, shifted = values(lm, torch.stack([torch.zeros_like(row), row, 2 * row, moved]))
+    small = _small(lm) * (once - zero).norm()
     if (twice - zero - 2 * (once - zero)).norm() <= small:
         return lambda h: torch.ones(len(h))
     if (shifted - once).norm() <= small:
@@ -158,7 +173,19 @@ def norm_scale(lm: LM, row: Float[Tensor, " d"]) -> Callable[[Float[Tensor, "n d
     return lambda h: h.square().mean(1).sqrt()
 
 
-def _measured(path: Path) -> Iterator[tuple[Cells, Metric]]:
+def _small(lm: LM) -> float:
+    """What rounding may leave of equal numbers."""
+    return 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.03
+
+
+def _post_normed(lm: LM) -> bool:
+    """Does attention end with a norm of its own?"""
+    block = lm.blocks[0]
+    return block.attn is None or all(part is not block.out_projection for part in block.attn.modules())
+
+
+def _measured(path: Path) -> Iterator[tuple[Cells, Bool[Tensor, " n"]]]:
+    """Which items are right, by what is put in or taken out."""
     subject = path.subject
     gains, mlps = path.gains(), path.through_mlps()
     steps = np.linspace(path.above[0], path.above[-1], min(STEPS, len(path.above))).round().astype(int).tolist()
@@ -168,21 +195,24 @@ def _measured(path: Path) -> Iterator[tuple[Cells, Metric]]:
             ("instead", "mlp", _edits(subject, "mlp", mlps, layer)),
             ("beside", "without ov", _edits(subject, "heads", gains, layer, beside=path.vector)),
         ):
-            yield {"part": part, "way": way, "layer": layer}, share(subject.hits(vectors))
-    summed = torch.stack([project(subject.lm, layer, rows) for layer, rows in gains.items()]).sum(0)
-    like = summed * (path.row.norm() / summed.norm(dim=1, keepdim=True).clamp_min(1e-9))
-    ways = {
+            yield {"part": part, "way": way, "layer": layer}, subject.hits(vectors)
+    top = path.above[-1]
+    ways: dict[str, Sequence[TaskVector | None]] = {
+        "zero-shot": [None] * len(subject.bare),
         "itself": [path.vector] * len(subject.bare),
-        "ov": _edits(subject, "heads", gains, path.above[-1]),
-        "ov, weights 1": _edits(subject, "heads", path.gains(weighted=False), path.above[-1]),
-        "ov, own norm": _edits(subject, "heads", path.gains(own_scale=True), path.above[-1]),
-        "ov, summed below": [subject.added(one, subject.layer) for one in summed],
-        "the same, equal norm": [subject.added(one, subject.layer) for one in like],
-        "mlp": _edits(subject, "mlp", mlps, path.above[-1]),
-        "without ov": _edits(subject, "heads", gains, path.above[-1], beside=path.vector),
+        "ov": _edits(subject, "heads", gains, top),
+        "ov, weights 1": _edits(subject, "heads", path.gains(weighted=False), top),
+        "ov, own norm": _edits(subject, "heads", path.gains(own_scale=True), top),
+        "mlp": _edits(subject, "mlp", mlps, top),
+        "without ov": _edits(subject, "heads", gains, top, beside=path.vector),
     }
-    for way, vectors in ways.items():
-        yield {"part": "variants", "way": way}, share(subject.hits(vectors))
+    if not _post_normed(subject.lm):
+        summed = torch.stack([project(subject.lm, layer, rows) for layer, rows in gains.items()]).sum(0)
+        like = summed * (path.row.norm() / summed.norm(dim=1, keepdim=True).clamp_min(1e-9))
+        ways["ov, summed below"] = [subject.added(one, subject.layer) for one in summed]
+        ways["the same, equal norm"] = [subject.added(one, subject.layer) for one in like]
+    for way, some in ways.items():
+        yield {"part": "variants", "way": way}, subject.hits(some)
 
 
 def _edits(
@@ -207,9 +237,8 @@ def _says(found: Found) -> str:
     def of(way: str, vector: str = VECTOR) -> str:
         return f"{value(found, part='variants', way=way, vector=vector).value:.2f}"
 
-    zero = value(found, way="zero-shot").value
     return (
-        f"Zero-shot {zero:.2f}, with the vector {of('itself')}; with only what all heads above read off it {of('ov')} "
-        f"(of a random vector {of('ov', NULL)}), with only what MLPs make of it {of('mlp')}; with the vector but "
-        f"without what heads read off it {of('without ov')}."
+        f"Zero-shot {of('zero-shot')}, with the vector {of('itself')}; with only what all heads above read off it "
+        f"{of('ov')} (of random vectors {of('ov', NULL)}), with only what MLPs make of it {of('mlp')}; with the vector "
+        f"but without what heads read off it {of('without ov')}."
     )

@@ -6,12 +6,13 @@ With h the output of the last block at the last prompt token, before the final n
 
 is compared with J_l v, J_l the mean Jacobian dh / dh_l over prompts. The paper fits a map by least squares to noised
 copies of one vector and looks at that very vector: any map that fits it passes. Here the map is held against vectors it
-was not made with: the vector itself, random ones of equal norm, their sums; beside the constant shift (what the vector
-does, whatever is asked) as the map to beat. Then additivity, |D(a + b) - D(a) - D(b)| / |D(a + b)|; homogeneity,
-|D(2v) - 2 D(v)| / |D(2v)|; how much of the shift is the same for all prompts, |mean shift|^2 / mean |shift|^2; and
-whether the map's image, added at the last layer, does what the vector did. At the vector's own layer the map is tried
-at other strengths (a Jacobian is right for small ones); and a map is fitted to noised vectors, with noise as large as
-the vector, on enough draws to be identified, and tested on others.
+was not made with, on prompts it was not made with: the vector itself, random ones of equal norm, their sums. The zero
+map explains 0; the constant shift (what the vector does, whatever is added to it) is the one to beat on the sums. Then
+additivity, |D(a + b) - D(a) - D(b)| / |D(a + b)|; homogeneity, |D(2v) - 2 D(v)| / |D(2v)|; how much of the shift is the
+same for all prompts, |mean shift|^2 / mean |shift|^2; and whether the map's image, added at the last layer, does what
+the vector did. At the vector's own layer the map is tried at other strengths (a Jacobian is right for small ones); and
+a map is fitted to noised vectors, with noise as large as the vector, on enough draws to be identified, and tested on
+others.
 
 Shapes: n prompts, L layers, d width of the residual stream, m vectors, k draws.
 """
@@ -43,7 +44,7 @@ LAYERS = 8
 RANDOM = 6
 """Random vectors of equal norm."""
 STRENGTHS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
-OWN, NULL = "the vector", "random vectors"
+OWN, NULL, CONSTANT = "the vector", "random vectors", "constant shift, of sums"
 ENOUGH = 4
 """Draws for each dimension, below which a fitted map is not identified."""
 
@@ -54,10 +55,11 @@ def propagation(subject: Subject) -> Finding:
     found += _fitted(subject, ENOUGH * len(subject.direction) + 64)
     found += _causal(subject)
     drawn = (
-        panel("share of the shift explained", found, by="by", where={"measure": "R2"}, nulls=["constant shift"]),
+        panel("share of the shift explained", found, by="by", where={"measure": "R2"}, nulls=[CONSTANT]),
         panel("explained, by strength", found, by="of", x="strength", where={"measure": "reach"}, nulls=[NULL]),
         panel("error of linearity", found, by="of", where={"measure": "error"}),
         panel("alike for all prompts", found, by="of", where={"measure": "alike"}, nulls=[NULL]),
+        places("accuracy", found, x="of", by="measure", where={"measure": "accuracy"}),
         places("held-out draws at its layer", found, x="map", by="on", where={"measure": "fit"}),
     )
     return Finding("propagation", "Linear propagation", _says(subject, found), drawn, found)
@@ -97,23 +99,47 @@ def _entries(engine: Packed | Plain, entries: range, d: int) -> Float[Tensor, "L
 # --- shifts ----------------------------------------------------------------------------------------------------------
 
 
+def held(subject: Subject) -> range:
+    """The prompts that shifts are measured on: as many as the Jacobian's, others than those where there are others."""
+    n = len(subject.bare)
+    return range(PROMPTS, min(n, 2 * PROMPTS)) if n > PROMPTS + 1 else range(n)
+
+
 def shifts(subject: Subject, layer: int, rows: Float[Tensor, "m d"]) -> Float[Tensor, "m n d"]:
-    """h(v) - h of the first prompts, for each row as the vector at a layer."""
-    last, n = Site("resid", subject.lm.n_layers - 1), len(subject.bare[:PROMPTS])
+    """h(v) - h of held-out prompts, for each row as the vector at a layer."""
+    last, prompts = Site("resid", subject.lm.n_layers - 1), held(subject)
     vectors = [None, *(subject.added(row, layer) for row in rows)]
-    trials = [Trial(i, vector) for vector in vectors for i in range(n)]
-    found = subject.engine.answer(trials, Ask(states=(last,))).states[last].reshape(len(vectors), n, -1)
+    trials = [Trial(i, vector) for vector in vectors for i in prompts]
+    found = subject.engine.answer(trials, Ask(states=(last,))).states[last].reshape(len(vectors), len(prompts), -1)
     return found[1:] - found[:1]
 
 
-def explained(predicted: Float[Tensor, "m d"], true: Float[Tensor, "m d"]) -> Metric:
-    """1 - |true - predicted|^2 / |true|^2, summed over vectors; the interval is by vector."""
-    wrong, whole = ((part.double() ** 2).sum(1).numpy() for part in (true - predicted, true))
+def explained(predicted: Float[Tensor, "m d"], found: Float[Tensor, "m n d"]) -> Metric:
+    """1 - |mean - predicted|^2 / |mean|^2, summed over vectors, of their mean shifts over prompts; the interval is by
+    prompt."""
+    guess, each = predicted.double().numpy(), found.double().transpose(0, 1).flatten(1).numpy()
+    n = len(each)
 
     def ratio(picked: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.asarray(1 - wrong[picked].sum(-1) / whole[picked].sum(-1))
+        weights = np.apply_along_axis(np.bincount, -1, picked, minlength=n) / n
+        mean = weights @ each
+        return np.asarray(1 - ((mean - guess.ravel()) ** 2).sum(-1) / (mean**2).sum(-1))
 
-    return bootstrap(ratio, len(wrong))
+    return bootstrap(ratio, n)
+
+
+def alike(found: Float[Tensor, "m n d"]) -> Metric:
+    """|mean shift|^2 / mean |shift|^2, averaged over vectors: 1 where the shift is the same for all prompts, about
+    1 / n where prompts have nothing in common; the interval is by prompt."""
+    gram = torch.einsum("mid,mjd->mij", found.double(), found.double()).numpy()
+    n = gram.shape[1]
+
+    def ratio(picked: NDArray[np.int64]) -> NDArray[np.float64]:
+        weights = np.apply_along_axis(np.bincount, -1, picked, minlength=n) / n
+        whole = np.einsum("...i,mij,...j->...m", weights, gram, weights)
+        return np.asarray((whole / np.einsum("...i,mii->...m", weights, gram)).mean(-1))
+
+    return bootstrap(ratio, n)
 
 
 def _by_strength(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
@@ -122,32 +148,34 @@ def _by_strength(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
     for name, some in ((OWN, [subject.direction]), (NULL, [subject.random(number) for number in range(RANDOM)])):
         rows = torch.stack(some)
         for strength in STRENGTHS:
-            mean = shifts(subject, subject.layer, strength * rows).mean(1)
-            yield {"measure": "reach", "of": name, "strength": strength}, explained(strength * rows @ j.T, mean)
+            found = shifts(subject, subject.layer, strength * rows)
+            yield {"measure": "reach", "of": name, "strength": strength}, explained(strength * rows @ j.T, found)
 
 
 def _by_layer(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
-    own, depth = subject.direction, subject.lm.n_layers
+    vector, depth = subject.direction, subject.lm.n_layers
     layers = sorted({*np.linspace(0, depth - 1, min(LAYERS, depth)).round().astype(int).tolist(), subject.layer})
-    nulls = torch.stack([subject.random(number) for number in range(RANDOM)])
-    rows = torch.stack([own, 2 * own, *nulls, *(own + null for null in nulls)])
+    random = torch.stack([subject.random(number) for number in range(RANDOM)])
+    rows = torch.stack([vector, 2 * vector, *random, *(vector + one for one in random)])
     for layer in layers:
-        found = shifts(subject, layer, rows)
-        mean = found.mean(1)
-        image = rows @ jacobians(subject)[layer].T
-        at: Cells = {"layer": layer}
-        yield {**at, "measure": "R2", "by": "J, the vector"}, explained(image[:1], mean[:1])
-        yield {**at, "measure": "R2", "by": "J, random vectors"}, explained(image[2 : 2 + RANDOM], mean[2 : 2 + RANDOM])
-        yield {**at, "measure": "R2", "by": "J, sums"}, explained(image[2 + RANDOM :], mean[2 + RANDOM :])
-        constant = mean[:1].expand(RANDOM, -1)
-        yield {**at, "measure": "R2", "by": "constant shift"}, explained(constant, mean[2 : 2 + RANDOM])
-        sums, parts = mean[2 + RANDOM :], mean[:1] + mean[2 : 2 + RANDOM]
-        yield {**at, "measure": "error", "of": "additivity"}, average((sums - parts).norm(dim=1) / sums.norm(dim=1))
-        twice = found[1] - 2 * found[0]
-        yield {**at, "measure": "error", "of": "homogeneity"}, average(twice.norm(dim=1) / found[1].norm(dim=1))
-        for name, some in ((OWN, found[:1]), (NULL, found[2 : 2 + RANDOM])):
-            alike = some.mean(1).square().sum(-1) / some.square().sum(-1).mean(1)
-            yield {**at, "measure": "alike", "of": name}, average(alike)
+        found, image = shifts(subject, layer, rows), rows @ jacobians(subject)[layer].T
+        mean, at = found.mean(1), {"layer": layer}
+        first, nulls, sums = slice(0, 1), slice(2, 2 + RANDOM), slice(2 + RANDOM, None)
+        for by, some in (("J, the vector", first), ("J, random vectors", nulls), ("J, sums", sums)):
+            yield {**at, "measure": "R2", "by": by}, explained(image[some], found[some])
+        constant = mean[first].expand(RANDOM, -1)
+        yield {**at, "measure": "R2", "by": CONSTANT}, explained(constant, found[sums])
+        parts = mean[first] + mean[nulls]
+        yield {**at, "measure": "error", "of": "additivity"}, average(_apart(mean[sums], parts))
+        yield {**at, "measure": "error", "of": "homogeneity"}, average(_apart(found[1], 2 * found[0]))
+        for name, some in ((OWN, first), (NULL, nulls)):
+            yield {**at, "measure": "alike", "of": name}, alike(found[some])
+
+
+def _apart(one: Float[Tensor, "k d"], two: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
+    """|one - two| / |one|."""
+    apart: Tensor = (one - two).norm(dim=1) / one.norm(dim=1)
+    return apart
 
 
 # --- a fitted map ----------------------------------------------------------------------------------------------------
@@ -183,6 +211,16 @@ def fitted_map(rows: Float[Tensor, "k d"], moved: Float[Tensor, "k d"]) -> Float
     return solution.T.float()
 
 
+def fits(predicted: Float[Tensor, "k d"], moved: Float[Tensor, "k d"]) -> Metric:
+    """1 - |moved - predicted|^2 / |moved|^2, each draw on its own prompt; the interval is by draw."""
+    wrong, whole = ((part.double() ** 2).sum(1).numpy() for part in (moved - predicted, moved))
+
+    def ratio(picked: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray(1 - wrong[picked].sum(-1) / whole[picked].sum(-1))
+
+    return bootstrap(ratio, len(wrong))
+
+
 def _fitted(subject: Subject, count: int) -> Iterator[tuple[Cells, Metric]]:
     own = subject.direction
     made = drawn(subject, count, lambda noise: own + noise, seed=subject.seed)
@@ -192,9 +230,9 @@ def _fitted(subject: Subject, count: int) -> Iterator[tuple[Cells, Metric]]:
     constant = made.moved.mean(0)
     for on, test in (("the vector + noise", around), ("noise alone", away)):
         for name, one in maps.items():
-            yield {"measure": "fit", "map": name, "on": on}, explained(test.rows @ one.T, test.moved)
+            yield {"measure": "fit", "map": name, "on": on}, fits(test.rows @ one.T, test.moved)
         guess = constant.expand_as(test.moved)
-        yield {"measure": "fit", "map": "constant shift", "on": on}, explained(guess, test.moved)
+        yield {"measure": "fit", "map": "constant shift", "on": on}, fits(guess, test.moved)
 
 
 def _causal(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
@@ -221,7 +259,8 @@ def _says(subject: Subject, found: Found) -> str:
     did, does = (value(found, measure="accuracy", of=of).value for of in ("the vector", "J v at the last layer"))
     return (
         f"At {subject.edit.site} the mean Jacobian explains {r2('J, the vector')} of the vector's own shift of the "
-        f"last state and {r2('J, random vectors')} of random vectors' (the constant shift: {r2('constant shift')}); a "
+        f"last state and {r2('J, random vectors')} of random vectors' (the constant shift explains of their "
+        f"sums: {r2(CONSTANT)}); a "
         f"map fitted to noised copies explains {fit:.2f} of what noise alone does. Accuracy {did:.2f} with the vector, "
         f"{does:.2f} with the map's image of it at the last layer."
     )

@@ -6,7 +6,9 @@ semidefinite (the stretch). By layer: the cosine of v and Q v, |S v| / |v|, and 
 task's outputs' unembedding rows. The nulls are random vectors of equal norm in the same maps, and random tokens, as
 many: a map that rotates everything rotates the vector too. Where J is the identity (the last layer) Q is.
 
-A decomposition of a fitted map needs an identified one (`propagation.fitted_map` refuses less); the Jacobian is.
+One vector is looked at in every layer's map: the curves say what maps do, not what vectors trained at other layers
+would do. Q is unique where J is invertible; `smallest singular value`, as a share of the largest, says how nearly
+it is not. A fitted map of too few draws is not identified at all (`propagation.fitted_map` refuses it).
 
 Shapes: L layers, d width of the residual stream, m vectors, K labels.
 """
@@ -44,9 +46,12 @@ def rotation(subject: Subject) -> Finding:
 
 def _measured(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
     rows = torch.stack([subject.direction, *(subject.random(number) for number in range(RANDOM))])
-    outputs, random = spans(subject)
+    outputs, random = spans(subject, subject.labels)
     for layer, j in enumerate(jacobians(subject)):
         q, s = (part.float() for part in polar(j.double()))
+        sizes = torch.linalg.svdvals(j.double())
+        least = float(sizes[-1] / sizes[0])
+        yield {"layer": layer, "measure": "smallest singular value", "of": "J"}, Metric(least, least, least)
         turned = rows @ q.T
         cosines = torch.cosine_similarity(rows, turned, dim=1)
         stretch = (rows @ s.T).norm(dim=1) / rows.norm(dim=1)

@@ -6,6 +6,7 @@ Shapes: n prompts, V vocabulary, K labels, d width of the residual stream.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from zlib import crc32
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from taskvec.analysis.finding import share
 from taskvec.errors import InputError
-from taskvec.evaluate.observe import check_template, encode_answers, first_tokens
+from taskvec.evaluate.observe import check_template, check_unseen, encode_answers, first_tokens
 from taskvec.hooks import check_fits, require
 from taskvec.lm import LM, Encoded
 from taskvec.prompts import Example
@@ -58,7 +59,8 @@ class Subject:
         seed: int = 0,
         beside: Beside = Beside(),
     ) -> "Subject":
-        """Raises `VectorMismatch` for a vector of another model or template, `InputError` for one that is not one
+        """Raises `VectorMismatch` for a vector of another model or template, `InputError` for test items that it was
+        fitted on, one that is not one
         addition to the residual stream at the last prompt token, and for fewer than two items."""
         if n < 2:
             raise InputError("at least two items", f"n = {n}", "raise it")
@@ -66,7 +68,9 @@ class Subject:
         check_template(task.spec, vector.origin)
         site, _ = one_addition(vector)
         require(lm, site)
-        shown = vector.origin.demos if vector.origin is not None else ()
+        check_unseen(task.test, vector.origin)
+        own = vector.origin is not None and vector.origin.data_hash == task.spec.data_hash
+        shown = vector.origin.demos if own and vector.origin is not None else ()
         demos = shown or task.train.demonstrations(seed=seed)
         for one in beside.vectors:
             check_fits(lm, one)
@@ -94,8 +98,9 @@ class Subject:
         return TaskVector((Edit(Site("resid", layer), Add(row), self.edit.where),))
 
     def random(self, number: int) -> Float[Tensor, " d"]:
-        """The null: a random direction of the same norm."""
-        generator = torch.Generator().manual_seed(1000 * self.seed + number)
+        """The null: a random direction of the same norm, another one for each vector, seed and number."""
+        drawn = crc32(self.direction.double().numpy().tobytes() + f"{self.seed} {number}".encode())
+        generator = torch.Generator().manual_seed(drawn)
         row = torch.randn(self.direction.shape, generator=generator)
         scaled: Tensor = row * self.direction.norm() / row.norm()
         return scaled

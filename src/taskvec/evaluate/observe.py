@@ -64,7 +64,7 @@ def observe(lm: LM, split: Split, condition: Condition = None) -> Observation:
         raise InputError(wanted, f"{lm.id}, which answers numbers", fix)
     origin = condition.origin if condition is not None else None
     check_template(split.spec, origin)
-    _check_unseen(split, origin)
+    check_unseen(split, origin)
     prove(lm)  # before a rival changes it
     check_fits(lm, condition)
     shown = origin.shown if origin is not None else ()
@@ -168,7 +168,7 @@ def check_template(spec: TaskSpec, origin: Origin | None) -> None:
         )
 
 
-def _check_unseen(split: Split, origin: Origin | None) -> None:
+def check_unseen(split: Split, origin: Origin | None) -> None:
     """Refuse test items of the very data a vector was fitted on, where a larger test split would reach into its
     train; and its own demonstrations as test items, where the data has changed since."""
     if not isinstance(split, Test) or origin is None:

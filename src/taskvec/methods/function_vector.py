@@ -46,6 +46,7 @@ from taskvec.evaluate.drawing import (
 )
 from taskvec.lm import LM, Encoded
 from taskvec.replay import Ask, Trial, replay
+from taskvec.replay.trials import first_edited
 from taskvec.sites import Site
 from taskvec.tasks import Dev, Train
 from taskvec.vector import Add, Edit, Replace, TaskVector, Where
@@ -77,7 +78,8 @@ def indirect_effects(
     def keep(trial: int, logits: Tensor) -> Tensor:
         return goodness(lm, logits, golds[trials[trial].prompt])
 
-    kept = replay(lm, prompts).answer(trials, Ask(keep=keep)).kept.reshape(len(prompts), -1)
+    starts = [first_edited(prompt, base) for prompt in prompts]
+    kept = replay(lm, prompts, starts=starts).answer(trials, Ask(keep=keep)).kept.reshape(len(prompts), -1)
     return kept[:, 1:] - kept[:, :1]
 
 
@@ -92,7 +94,7 @@ def attributions(
     """The same to first order, for all heads from one backward pass a prompt: grad of p(gold) by the head's output,
     times (mean - output)."""
     sites = head_sites(lm)
-    engine = replay(lm, prompts)
+    engine = replay(lm, prompts, starts=[first_edited(prompt, base) for prompt in prompts])
     states = engine.answer([Trial(i, base) for i in range(len(prompts))], Ask(states=tuple(sites))).states
     nudges = [torch.zeros(len(sites), means[0].numel(), requires_grad=True) for _ in prompts]
     trials = [Trial(i, TaskVector((*base.edits, *_nudged(sites, row).edits))) for i, row in enumerate(nudges)]

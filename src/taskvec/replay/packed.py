@@ -122,8 +122,9 @@ class Packed:
             yield numbers, list(tree.grow(segments).logits)
 
     def reached(self, trials: Sequence[Trial], site: Site) -> Iterator[tuple[list[int], Tensor]]:
-        """(numbers of some trials, their states (n, w) of a site at the last prompt token). Gradients flow, as in
-        `batches`."""
+        """(numbers of some trials without continuations, their states (n, w) of a site at the last prompt token).
+        Gradients flow, as in `batches`."""
+        assert not any(trial.continuation for trial in trials)
         for tree, numbers, segments in self._chunks(trials):
             seen = tree.grow(segments, states=(site,)).states
             assert seen is not None

@@ -35,8 +35,9 @@ class Plain:
             yield numbers, self._forward([trials[i] for i in numbers])[0]
 
     def reached(self, trials: Sequence[Trial], site: Site) -> Iterator[tuple[list[int], Tensor]]:
-        """(numbers of some trials, their states (n, w) of a site at the last prompt token). Gradients flow, as in
-        `batches`."""
+        """(numbers of some trials without continuations, their states (n, w) of a site at the last prompt token).
+        Gradients flow, as in `batches`."""
+        assert not any(trial.continuation for trial in trials)
         for start in range(0, len(trials), self.rows):
             numbers = list(range(start, min(start + self.rows, len(trials))))
             yield numbers, self._forward([trials[i] for i in numbers], (site,))[1][site]

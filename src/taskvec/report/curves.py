@@ -62,7 +62,8 @@ def _points(ax: Any, curve: Curve, look: tuple[str, str]) -> None:
 
 def _spans(curve: Curve) -> tuple[list[float], list[float]]:
     """How far intervals reach down and up."""
-    return [abs(m.value - m.low) for _, m in curve.points], [abs(m.high - m.value) for _, m in curve.points]
+    below = [max(0.0, m.value - m.low) for _, m in curve.points]
+    return below, [max(0.0, m.high - m.value) for _, m in curve.points]
 
 
 def as_drawings(name: str, says: str, drawn: Sequence[Panel]) -> list[Drawing]:
