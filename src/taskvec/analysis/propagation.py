@@ -121,11 +121,17 @@ def explained(predicted: Float[Tensor, "m d"], found: Float[Tensor, "m n d"]) ->
     n = len(each)
 
     def ratio(picked: NDArray[np.int64]) -> NDArray[np.float64]:
-        weights = np.apply_along_axis(np.bincount, -1, picked, minlength=n) / n
+        weights = _weights(picked)
         mean = weights @ each
         return np.asarray(1 - ((mean - guess.ravel()) ** 2).sum(-1) / (mean**2).sum(-1))
 
     return bootstrap(ratio, n)
+
+
+def _weights(picked: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How often each of n items is among n drawn ones, as a share."""
+    shares: NDArray[np.float64] = (picked[..., None] == np.arange(picked.shape[-1])).mean(-2)
+    return shares
 
 
 def alike(found: Float[Tensor, "m n d"]) -> Metric:
@@ -135,7 +141,7 @@ def alike(found: Float[Tensor, "m n d"]) -> Metric:
     n = gram.shape[1]
 
     def ratio(picked: NDArray[np.int64]) -> NDArray[np.float64]:
-        weights = np.apply_along_axis(np.bincount, -1, picked, minlength=n) / n
+        weights = _weights(picked)
         whole = np.einsum("...i,mij,...j->...m", weights, gram, weights)
         return np.asarray((whole / np.einsum("...i,mii->...m", weights, gram)).mean(-1))
 
