@@ -496,6 +496,7 @@ def test_a_bench_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     assert measured == [0, 1, 1, 0]
 
 
+@pytest.mark.slow
 def test_processes_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Sizes(teach=2, look=2, test=3, clean=2, placed=2, queries=1, steps=2)
     found = [regress_bench([learner()], tmp_path / str(n), seeds=(0, 1), sizes=sizes, jobs=n) for n in (1, 2)]
