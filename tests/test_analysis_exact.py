@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taskvec.analysis import ANALYSES, Beside, Subject
 from taskvec.analysis.attention import attention
-from taskvec.analysis.conflict import common, conflict, rival
+from taskvec.analysis.conflict import common, conflict, disputed, rival
 from taskvec.analysis.finding import Finding, value
 from taskvec.analysis.geometry import clustered, cosines, effective_rank, geometry, nearest
 from taskvec.analysis.heads import DOSES, NULL, ablated, heads, matched, ranking, salience
@@ -457,6 +457,12 @@ def test_a_conflict_counts_both_tasks_answers() -> None:
     alone = value(found.found, whose="the prompt's task", layer=-1).value
     assert alone == value(found.found, whose="the prompt's task, random vector", layer=-1).value
     assert alone > 0.5  # the tiny model follows its examples
+    prompts, own, shown = disputed(one)
+    with inject(one.lm, one.added(one.direction, 2)), torch.no_grad():
+        said = [int(one.lm.forward(one.lm.batch([prompt]))[0, -1].argmax()) for prompt in prompts]
+    for whose, golds in (("the vector's task", own), ("the prompt's task", shown)):
+        expected = np.mean([a == b for a, b in zip(said, golds, strict=True)])
+        assert value(found.found, whose=whose, layer=2).value == pytest.approx(expected)
 
 
 def test_common_queries_are_those_with_another_answer() -> None:

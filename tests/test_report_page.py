@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 
 from taskvec.errors import MissingPackage
-from taskvec.report import figures, statistics, tables
+from taskvec.report import drawing, figures, statistics, tables
 from taskvec.report.page import _PATHS, BASELINES, _embedded, page, summary, view
 from taskvec.report.read import Failure, Run
 from taskvec.report.tables import Table
@@ -276,7 +276,7 @@ def test_no_string_in_a_figure_is_markup(hostile: str) -> None:
         for text in _strings(figure):
             assert "<" not in allowed.sub("", text), (name, text)
     shown = {text for figure in data.values() for text in _strings(figure["data"])}
-    assert {figures.plain(name) for name in (*run.tasks, *run.methods)} <= shown
+    assert {drawing.plain(name) for name in (*run.tasks, *run.methods)} <= shown
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -288,8 +288,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("text", ["a\n b", "<a>&", "</script>", "é\u2028"])
 def test_plain_is_one_line_without_markup(text: str) -> None:
-    assert not {"<", ">", "\n", "\u2028"} & {*figures.plain(text)}
-    assert html.unescape(figures.plain(text)) == _words(text)
+    assert not {"<", ">", "\n", "\u2028"} & {*drawing.plain(text)}
+    assert html.unescape(drawing.plain(text)) == _words(text)
 
 
 def test_embedded_figures_hold_no_markup() -> None:

@@ -189,30 +189,29 @@ def _measured(path: Path) -> Iterator[tuple[Cells, Bool[Tensor, " n"]]]:
     subject = path.subject
     gains, mlps = path.gains(), path.through_mlps()
     steps = np.linspace(path.above[0], path.above[-1], min(STEPS, len(path.above))).round().astype(int).tolist()
+    whole = dict[str, Tensor]()  # of the last step: all layers
     for layer in dict.fromkeys(steps):
         for part, way, vectors in (
             ("instead", "ov", _edits(subject, "heads", gains, layer)),
             ("instead", "mlp", _edits(subject, "mlp", mlps, layer)),
             ("beside", "without ov", _edits(subject, "heads", gains, layer, beside=path.vector)),
         ):
-            yield {"part": part, "way": way, "layer": layer}, subject.hits(vectors)
+            whole[way] = subject.hits(vectors)
+            yield {"part": part, "way": way, "layer": layer}, whole[way]
     top = path.above[-1]
     ways: dict[str, Sequence[TaskVector | None]] = {
         "zero-shot": [None] * len(subject.bare),
         "itself": [path.vector] * len(subject.bare),
-        "ov": _edits(subject, "heads", gains, top),
         "ov, weights 1": _edits(subject, "heads", path.gains(weighted=False), top),
         "ov, own norm": _edits(subject, "heads", path.gains(own_scale=True), top),
-        "mlp": _edits(subject, "mlp", mlps, top),
-        "without ov": _edits(subject, "heads", gains, top, beside=path.vector),
     }
     if not _post_normed(subject.lm):
         summed = torch.stack([project(subject.lm, layer, rows) for layer, rows in gains.items()]).sum(0)
         like = summed * (path.row.norm() / summed.norm(dim=1, keepdim=True).clamp_min(1e-9))
         ways["ov, summed below"] = [subject.added(one, subject.layer) for one in summed]
         ways["the same, equal norm"] = [subject.added(one, subject.layer) for one in like]
-    for way, some in ways.items():
-        yield {"part": "variants", "way": way}, subject.hits(some)
+    for way, hits in {**whole, **{way: subject.hits(some) for way, some in ways.items()}}.items():
+        yield {"part": "variants", "way": way}, hits
 
 
 def _edits(

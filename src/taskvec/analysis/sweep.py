@@ -80,7 +80,7 @@ def _on_task(subject: Subject, settings: list[Marks]) -> Iterator[tuple[Cells, M
     half = len(subject.bare) // 2
     for name in ("vector", "random"):
         best = max((mark for mark in settings if mark[0] == name), key=lambda mark: float(seen[mark][:half].mean()))
-        yield {**_cells(best, HELD_OUT)}, share(seen[best][half:] > 0)
+        yield _cells(best, HELD_OUT), share(seen[best][half:] > 0)
 
 
 def _on_other(subject: Subject, settings: list[Marks]) -> Iterator[tuple[Cells, Metric]]:

@@ -20,6 +20,7 @@ from taskvec.lm import Encoded
 from taskvec.regress.functions import Functions, Inputs, draw_inputs, generator_of
 from taskvec.regress.learner import Learner
 from taskvec.replay import Ask, Packed, Plain, Trial, replay
+from taskvec.sites import Site
 
 POOLED = 512
 
@@ -98,8 +99,7 @@ class Prompts:
     def heads(self) -> Float[Tensor, "F P L J w"]:
         """What every head hands to its layer's output projection, at each query."""
         learner, sites = self.learner, head_sites(self.learner)
-        trials = [Trial(i) for i in range(len(self.encoded))]
-        found = whole(learner, self.encoded).answer(trials, Ask(states=tuple(sites))).states
+        found = states(learner, self.encoded, sites)
         rows = torch.stack([found[site] for site in sites], 1)
         return rows.reshape(self.count, self.per, len(sites), learner.n_heads, -1)
 
@@ -157,6 +157,12 @@ def whole(learner: Learner, prompts: Sequence[Encoded]) -> Plain:
     """An engine for prompts that are run once: of equal lengths, with no token in common, by tiny models, they are
     fastest as rows of a batch."""
     return Plain(learner, prompts, rows=64)
+
+
+def states(learner: Learner, prompts: Sequence[Encoded], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "n w"]]:
+    """The states at the last token of each prompt."""
+    trials = [Trial(i) for i in range(len(prompts))]
+    return whole(learner, prompts).answer(trials, Ask(states=tuple(sites))).states
 
 
 def shifted(count: int, by: int) -> list[int]:

@@ -16,9 +16,9 @@ from torch.nn.functional import huber_loss
 from taskvec.errors import InputError
 from taskvec.evaluate import Lessons
 from taskvec.methods.learnable import Form, basis
-from taskvec.regress.ground import Prompts, Support
+from taskvec.regress.ground import Prompts, Support, states
 from taskvec.regress.learner import Learner
-from taskvec.regress.writers import Write, best_of, head_means, states
+from taskvec.regress.writers import Write, best_of, head_means
 from taskvec.sites import Site
 from taskvec.vector import Add, Edit, TaskVector
 

@@ -17,10 +17,9 @@ from torch.nn.functional import normalize
 
 from taskvec.evaluate.drawing import projected_heads
 from taskvec.evaluate.ridge import solve
-from taskvec.lm import Encoded
 from taskvec.methods.function_vector import indirect_effects
 from taskvec.methods.icv import STRENGTHS, direction
-from taskvec.regress.ground import Prompts, Support, owners, whole
+from taskvec.regress.ground import Prompts, Support, owners, states, whole
 from taskvec.regress.learner import Learner
 from taskvec.replay import Ask, Trial
 from taskvec.replay.trials import first_edited
@@ -59,19 +58,12 @@ def ask(prompts: Prompts, candidates: Sequence[Sequence[TaskVector | None]], *, 
     who = owners(prompts)
     trials = [Trial(i, vectors[f]) for vectors in candidates for i, f in enumerate(who)]
     pairs = list(zip(prompts.encoded, who, strict=True))
-    starts = [min(first_edited(prompt, vectors[f]) for vectors in candidates) for prompt, f in pairs]
-    last = all(start == len(prompt) - 1 for start, prompt in zip(starts, prompts.encoded, strict=True))
+    last = all(first_edited(prompt, vectors[f]) == len(prompt) - 1 for vectors in candidates for prompt, f in pairs)
     engine = prompts.engine if last else whole(prompts.learner, prompts.encoded)
     found = engine.answer(trials, Ask(keep=lambda _, logits: logits, states=(HEAD,) if states else ()))
     rows = found.states[HEAD] if states else torch.zeros(len(trials), 0)
     shape = (len(candidates), prompts.count, prompts.per)
     return Asked(found.kept.reshape(shape), rows.reshape(len(candidates), len(who), -1))
-
-
-def states(learner: Learner, prompts: Sequence[Encoded], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "n w"]]:
-    """The states at the last token of each prompt."""
-    trials = [Trial(i) for i in range(len(prompts))]
-    return whole(learner, prompts).answer(trials, Ask(states=tuple(sites))).states
 
 
 def head_means(clean: Prompts, *, first: int = 0) -> Float[Tensor, "F L J w"]:

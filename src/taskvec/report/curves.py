@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-from taskvec.report.figures import BLUE, GREEN, GREY, OCHRE, PINK, RED, VIOLET, Drawing, chart, plain
+from taskvec.report.drawing import Drawing, chart, plain
+from taskvec.report.figures import BLUE, GREEN, GREY, OCHRE, PINK, RED, VIOLET
 from taskvec.report.svg import LOOKS, line, panels, svg
 from taskvec.results import Metric
 

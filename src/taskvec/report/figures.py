@@ -7,13 +7,13 @@ plotly reads HTML in every string it is given, so every string from data goes th
 """
 
 from dataclasses import dataclass
-from html import escape
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from taskvec.report import statistics
+from taskvec.report.drawing import Drawing, chart, plain
 from taskvec.results import BIAS, CONTROL_SUFFIXES, OTHER_TASK, TASK_MEAN, Metric, Row
 
 if TYPE_CHECKING:
@@ -31,16 +31,6 @@ class Mark:
 
     colour: str
     symbol: str
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure, and one sentence that says what to see. `name` is unique on a page."""
-
-    name: str
-    title: str
-    says: str
-    figure: Any
 
 
 # --- marks -----------------------------------------------------------------------------------------------------------
@@ -333,11 +323,6 @@ def _spent(means: dict[str, float], unit: str) -> str:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def plain(text: str) -> str:
-    """A string from data for plotly: what looks like HTML stays text, and one line."""
-    return escape(" ".join(text.split()), quote=False)
-
-
 def _short(text: str) -> str:
     return plain(text if len(text) <= MANY else text[: MANY - 1] + "…")
 
@@ -377,25 +362,3 @@ def _named(methods: list[str]) -> dict[str, Any]:
 def _share(title: str) -> dict[str, Any]:
     """An axis from 0 to 1, with room for the marks at its ends."""
     return {"title": title, "range": [-0.04, 1.04], "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1], "zeroline": False}
-
-
-def chart(traces: list[dict[str, Any]], *, x: dict[str, Any], y: dict[str, Any], height: int = 420) -> Any:
-    """A plotly figure in the page's style."""
-    import plotly.graph_objects as go
-
-    axis = {"automargin": True, "ticks": "", "showline": False}
-    layout = {
-        "template": "none",
-        "height": height,
-        "showlegend": False,
-        "hovermode": "closest",
-        "bargap": 0.3,
-        "margin": {"l": 8, "r": 12, "t": 8, "b": 8, "pad": 6},
-        "xaxis": axis | x | _titled(x),
-        "yaxis": axis | y | _titled(y),
-    }
-    return go.Figure(data=traces, layout=layout)
-
-
-def _titled(axis: dict[str, Any]) -> dict[str, Any]:
-    return {"title": {"text": axis["title"], "standoff": 12, "font": {"size": 12.5}} if axis.get("title") else None}

@@ -17,7 +17,8 @@ import yaml
 
 from taskvec.errors import MissingPackage
 from taskvec.report import figures, statistics, tables
-from taskvec.report.figures import Drawing, joined
+from taskvec.report.drawing import Drawing
+from taskvec.report.figures import joined
 from taskvec.report.statistics import Paired, Ranks
 from taskvec.report.tables import Table
 from taskvec.results import CONTROL_SUFFIXES

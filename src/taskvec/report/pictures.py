@@ -4,7 +4,7 @@ from base64 import b64encode
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from taskvec.report.figures import Drawing
+from taskvec.report.drawing import Drawing
 from taskvec.report.page import plotly_script, rendered, view
 from taskvec.report.tables import Table
 
