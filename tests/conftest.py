@@ -3,7 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "TASKVEC_TEST_DEVICE" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections.abc import Iterator
 

@@ -1,5 +1,6 @@
 """Tiny random causal language models of many families, a tokenizer and tasks: built in memory, no download."""
 
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo_wide": ("GPTNeo", _gpt_neo(64)),
     "falcon_alibi": ("Falcon", {**_FALCON, "alibi": True}),
 }
+DEVICE = os.environ.get("TASKVEC_TEST_DEVICE", "cpu")
+"""Where the random models run: `TASKVEC_TEST_DEVICE=cuda` tries methods and engines on a GPU."""
 MAIN = (
     "llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "gptj", "opt", "phi3", "olmo2", "falcon", "mixtral", "qwen3_moe",
 )  # fmt: skip
@@ -118,7 +121,7 @@ def build(name: str) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(config)
         randomize(model)
     model.config._name_or_path = f"tiny-{name}"
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def randomize(model: nn.Module) -> None:
