@@ -1,13 +1,15 @@
 #!/bin/sh
 # The benchmark page: run the classification suite, keep its rows, tables and pictures. About an hour on two cores; alone
-# on the machine, please. A run that was stopped goes on. Usage: docs/benchmark.sh BIN RUN
+# on the machine, please. A run that was stopped goes on. Usage:
+# [DEVICE=cuda] [JOBS=4] docs/benchmark.sh BIN RUN
 set -eu
 bin=$1
 run=$2
 out=docs/benchmark
 mkdir -p "$out"
 resume=$(test -d "$run" && echo --resume || true)
-"$bin/taskvec" bench classification --model smollm2-135m --out "$run" $resume
+"$bin/taskvec" bench classification --model smollm2-135m --device "${DEVICE:-cpu}" --jobs "${JOBS:-1}" \
+    --out "$run" $resume
 cp "$run/tables.md" "$out/tables.md"
 cp "$run/results.json" docs/results/benchmark.json
 picture() { # name, width, height, part of the page: in a frame, so that it scrolls there
