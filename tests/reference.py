@@ -32,6 +32,12 @@ def open_task() -> Task:
 
 
 @cache
+def telling_task() -> Task:
+    """Its answers begin with different tokens."""
+    return tiny.tiny_task(shots=3, format="{input} ->{output}\n")
+
+
+@cache
 def label_task() -> Task:
     return tiny.tiny_task(shots=3, labels=True)
 

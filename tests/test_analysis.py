@@ -27,7 +27,7 @@ from taskvec.sites import Site
 from taskvec.tasks import load_task
 from taskvec.vector import Add, AddKeepNorm, Edit, TaskVector, Where
 from tests import tiny
-from tests.reference import both_families, label_task, open_task, run
+from tests.reference import both_families, label_task, open_task, run, telling_task
 
 ROW = tiny.random_vector(32, 4)
 
@@ -38,7 +38,7 @@ def vector(layer: int = 0, row: Tensor = ROW, **fields: Any) -> TaskVector:
 
 @cache
 def subject(family: str = "llama", layer: int = 0) -> Subject:
-    return Subject.of(tiny.tiny_lm(family), vector(layer), open_task(), n=4, seed=1, beside=Beside(label_task()))
+    return Subject.of(tiny.tiny_lm(family), vector(layer), telling_task(), n=4, seed=1, beside=Beside(label_task()))
 
 
 def value(frame: pl.DataFrame, **of: Any) -> float:
@@ -61,7 +61,7 @@ def value(frame: pl.DataFrame, **of: Any) -> float:
 )
 def test_what_no_formula_is_for_is_refused(edits: tuple[Edit, ...], found: str) -> None:
     with pytest.raises(InputError, match=rf"at the last prompt token; found .*{found}"):
-        Subject.of(tiny.tiny_lm("llama"), TaskVector(edits), open_task())
+        Subject.of(tiny.tiny_lm("llama"), TaskVector(edits), telling_task())
 
 
 def test_a_vector_of_another_template_is_refused() -> None:
@@ -70,12 +70,18 @@ def test_a_vector_of_another_template_is_refused() -> None:
     spell = load_task("tiny_spell", shots=4, n_test=6, format=PromptFormat.named("{input}\n= {output}\n"))
     fitted = made.fit(lm, spell.train, spell.dev)
     with pytest.raises(VectorMismatch, match="template"):
-        Subject.of(lm, fitted, open_task())
+        Subject.of(lm, fitted, telling_task())
 
 
 def test_one_item_is_too_few() -> None:
     with pytest.raises(InputError, match="at least two items"):
-        Subject.of(tiny.tiny_lm("llama"), vector(), open_task(), n=1)
+        Subject.of(tiny.tiny_lm("llama"), vector(), telling_task(), n=1)
+
+
+def test_answers_that_all_begin_alike_are_refused() -> None:
+    """Any vector that says the one token would be right: as where a tokenizer splits off the blank."""
+    with pytest.raises(InputError, match=r"begin with different tokens; found .* before all 60 outputs"):
+        Subject.of(tiny.tiny_lm("llama"), vector(), open_task())
 
 
 def test_the_null_has_the_vectors_norm_and_another_direction() -> None:
@@ -87,7 +93,7 @@ def test_the_null_has_the_vectors_norm_and_another_direction() -> None:
 
 
 def test_strength_counts() -> None:
-    twice = Subject.of(tiny.tiny_lm("llama"), vector(strength=2.0), open_task(), n=2)
+    twice = Subject.of(tiny.tiny_lm("llama"), vector(strength=2.0), telling_task(), n=2)
     torch.testing.assert_close(twice.direction, 2 * ROW)
 
 

@@ -29,13 +29,13 @@ from taskvec.tasks import load_task
 from taskvec.vector import Add, Edit, TaskVector
 from tests import tiny
 from tests.linear_net import linear_lm, matrices, product
-from tests.reference import blocks, both_families, exact_lm, open_task, run
+from tests.reference import blocks, both_families, exact_lm, run, telling_task
 
 ROW = tiny.random_vector(32, 4)
 
 
 def subject_of(lm: LM, layer: int = 0, row: Tensor = ROW, n: int = 6) -> Subject:
-    return Subject.of(lm, TaskVector((Edit(Site("resid", layer), Add(row)),)), open_task(), n=n, seed=1)
+    return Subject.of(lm, TaskVector((Edit(Site("resid", layer), Add(row)),)), telling_task(), n=n, seed=1)
 
 
 @cache

@@ -170,8 +170,11 @@ def fresh_lm(name: str) -> LM:
     return LM(build(name), tokenizer(), name=f"tiny-{name}")
 
 
-def tiny_task(*, labels: bool = False, shots: int = 4, name: str = "tiny", n_test: int = 12) -> Task:
-    """Sixty short examples with format arrow: open (a letter shift), or with three labels of one to several tokens."""
+def tiny_task(
+    *, labels: bool = False, shots: int = 4, name: str = "tiny", n_test: int = 12, format: str = "arrow"
+) -> Task:
+    """Sixty short examples: open (reversed words), or with three labels of one to several tokens.
+    In the format arrow all answers begin with the blank."""
     stems = [f"{word}{i}" for word in ("red", "walk", "film ", "q") for i in range(15)]
     if labels:
         names = ("good", "bad", "not good at all")
@@ -179,7 +182,7 @@ def tiny_task(*, labels: bool = False, shots: int = 4, name: str = "tiny", n_tes
     else:
         names = None
         examples = [Example(stem, stem[::-1].strip()) for stem in stems]
-    spec = TaskSpec(name, format=PromptFormat.named("arrow"), shots=shots, labels=names)
+    spec = TaskSpec(name, format=PromptFormat.named(format), shots=shots, labels=names)
     return Task.from_examples(spec, examples, n_test=n_test)
 
 

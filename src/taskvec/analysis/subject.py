@@ -60,8 +60,8 @@ class Subject:
         beside: Beside = Beside(),
     ) -> "Subject":
         """Raises `VectorMismatch` for a vector of another model or template, `InputError` for test items that it was
-        fitted on, one that is not one
-        addition to the residual stream at the last prompt token, and for fewer than two items."""
+        fitted on, one that is not one addition to the residual stream at the last prompt token, fewer than two items,
+        and answers that all begin with one token, where a right first token says nothing."""
         if n < 2:
             raise InputError("at least two items", f"n = {n}", "raise it")
         check_fits(lm, vector)
@@ -75,7 +75,16 @@ class Subject:
         for one in beside.vectors:
             check_fits(lm, one)
         split = replace(task.test, examples=task.test.examples[:n])
-        return cls(lm, vector, task, split, tuple(demos), seed, beside)
+        subject = cls(lm, vector, task, split, tuple(demos), seed, beside)
+        subject._tell_answers_apart()
+        return subject
+
+    def _tell_answers_apart(self) -> None:
+        if len(self.task.spec.outputs) > 1 and len(self.labels) == 1:
+            same = repr(self.lm.tokenizer.decode(self.labels))
+            found = f"{same} before all {len(self.task.spec.outputs)} outputs of {self.task.name}"
+            hint = "change the prompt format, or update transformers and tokenizers: some versions split off a blank"
+            raise InputError("answers that begin with different tokens", found, hint)
 
     @property
     def edit(self) -> Edit:
