@@ -147,7 +147,7 @@ def test_a_random_vector_is_flat_where_nothing_reads_it() -> None:
 # --- formulas, written out -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3", "olmo2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gpt_neox", "falcon", "qwen3", "gemma3", "olmo2", "phi3"])
 def test_gains_are_the_weight_on_itself_times_the_value_of_the_scaled_vector(family: str) -> None:
     """With attention pattern and norm scale as they are."""
     lm = tiny.tiny_lm(family)
@@ -164,11 +164,20 @@ def test_gains_are_the_weight_on_itself_times_the_value_of_the_scaled_vector(fam
 @torch.no_grad()
 def _value(lm: LM, family: str, layer: int, h: Tensor, row: Tensor) -> Tensor:
     """W_V of the vector, as the block's own norm scales it at h, once for each query head."""
-    if family == "gpt2":
+    centred = (row - row.mean()) / (h.var(correction=0) + 1e-5).sqrt()
+    if family in ("gpt2", "gptj"):
         block = lm.model.transformer.h[layer]
-        scaled: Tensor = block.ln_1.weight * (row - row.mean()) / (h.var(correction=0) + 1e-5).sqrt()
-        out: Tensor = scaled @ block.attn.c_attn.weight[:, 64:]
-        return out
+        scaled: Tensor = block.ln_1.weight * centred
+        return scaled @ block.attn.c_attn.weight[:, 64:] if family == "gpt2" else block.attn.v_proj.weight @ scaled
+    if family == "gpt_neox":  # one matrix, head by head: its query, key and value
+        block = lm.model.gpt_neox.layers[layer]
+        fused = block.attention.query_key_value.weight.reshape(lm.n_heads, 3, -1, len(row))
+        return (fused[:, 2] @ (block.input_layernorm.weight * centred)).flatten()
+    if family == "falcon":  # one matrix: all queries, then one key and one value for all heads
+        block = lm.model.transformer.h[layer]
+        size = len(row) // lm.n_heads
+        shared = block.self_attention.query_key_value.weight[-size:] @ (block.input_layernorm.weight * centred)
+        return shared.repeat(lm.n_heads)
     block = lm.model.model.layers[layer]
     if family == "olmo2":  # no norm before attention
         scaled = row

@@ -141,7 +141,11 @@ _INPUT = "Input: {input}\nLabel: {output}\n"
 _TOPIC = _labelled(_DBPEDIA, "content")
 _PSYCHOLOGY = ("cais/mmlu", "high_school_psychology", "test")
 HUB = {
-    "dbpedia": HubSet("fancyzhx/dbpedia_14", None, "test", _TOPIC, _DBPEDIA, "DBPedia ontology", format=_INPUT),
+    "dbpedia": HubSet(
+        *("fancyzhx/dbpedia_14", None, "test", _TOPIC, _DBPEDIA, "DBPedia ontology"),
+        format=_INPUT,
+        revision="9abd46cf7fc8b4c64290f26993c540b92aa145ac",
+    ),
     "commonsense_qa": _one(("tau/commonsense_qa", None, "train"), _QUESTION, 5, "CommonsenseQA", "Knowledge"),
     "openbookqa": _one(("allenai/openbookqa", "main", "train"), _STEM, 4, "OpenBookQA", "Knowledge"),
     "hellaswag": _one(("Rowan/hellaswag", None, "validation"), _ENDINGS, 4, "HellaSwag", "Knowledge"),
