@@ -168,16 +168,19 @@ def _value(lm: LM, family: str, layer: int, h: Tensor, row: Tensor) -> Tensor:
     if family in ("gpt2", "gptj"):
         block = lm.model.transformer.h[layer]
         scaled: Tensor = block.ln_1.weight * centred
-        return scaled @ block.attn.c_attn.weight[:, 64:] if family == "gpt2" else block.attn.v_proj.weight @ scaled
+        out: Tensor = block.attn.c_attn.weight[:, 64:].T @ scaled if family == "gpt2" else block.attn.v_proj(scaled)
+        return out
     if family == "gpt_neox":  # one matrix, head by head: its query, key and value
         block = lm.model.gpt_neox.layers[layer]
         fused = block.attention.query_key_value.weight.reshape(lm.n_heads, 3, -1, len(row))
-        return (fused[:, 2] @ (block.input_layernorm.weight * centred)).flatten()
+        out = (fused[:, 2] @ (block.input_layernorm.weight * centred)).flatten()
+        return out
     if family == "falcon":  # one matrix: all queries, then one key and one value for all heads
         block = lm.model.transformer.h[layer]
         size = len(row) // lm.n_heads
         shared = block.self_attention.query_key_value.weight[-size:] @ (block.input_layernorm.weight * centred)
-        return shared.repeat(lm.n_heads)
+        out = shared.repeat(lm.n_heads)
+        return out
     block = lm.model.model.layers[layer]
     if family == "olmo2":  # no norm before attention
         scaled = row
