@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ def interleaved(rounds: int, plain: Callable[[], Any], fast: Callable[[], Any]) 
 
 
 def report(parsed: argparse.Namespace, result: dict[str, Any]) -> None:
+    result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if parsed.json:
         print(json.dumps(result))
         return

@@ -1,5 +1,6 @@
 """A grid of cells: the same rows as compare's, whatever kills the run, and nothing run twice or taken for another."""
 
+import gc
 import json
 import pickle
 import random
@@ -20,12 +21,14 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from transformers import Cache
 
 from taskvec.bench import Cell, Grid, RunFolder, run_bench
 from taskvec.bench import folder as folders
 from taskvec.bench import grid as grids
 from taskvec.bench import run as runs
 from taskvec.bench.grid import bench_methods
+from taskvec.bench.run import run_group
 from taskvec.cli import main
 from taskvec.comparison import compare, with_controls
 from taskvec.errors import InputError, ModelError, UnknownName
@@ -40,6 +43,7 @@ from taskvec.methods.learned import LearnedTaskVector
 from taskvec.methods.linear import LinearTaskVector
 from taskvec.methods.mean_difference import MeanDifference
 from taskvec.prompts import Example, PromptFormat
+from taskvec.replay import Packed
 from taskvec.report import read_run
 from taskvec.results import Results, Row
 from taskvec.sites import Site
@@ -355,6 +359,22 @@ def test_a_tie_on_dev_goes_to_the_cheaper_as_in_compare(suite: Path, tmp_path: P
     assert outcome is not None
     assert compare(lm(), grid.tasks[0], methods)["random"].matched == "cheap"
     assert outcome.results["random"].matched == "cheap"
+
+
+def test_nothing_of_a_group_is_held_for_the_next(grid: Grid, tmp_path: Path) -> None:
+    """Prefix caches and states are what fills memory: it must not grow with the number of cells."""
+
+    def held() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), Packed | Cache) for one in gc.get_objects())
+
+    folder, before = RunFolder.open(tmp_path / "run", grid, resume=False), held()
+    for task in grid.tasks:
+        cells = run_group(lm(), grid, folder, task, 0)
+        next(cells)
+        assert held() > before
+        assert len(list(cells)) > 2
+        assert held() == before
 
 
 def test_what_was_fitted_is_kept_where_it_can_be(grid: Grid, whole: Path) -> None:
