@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-PAGES := README.md docs/*.md docs/methods/*.md docs/benchmark/README.md docs/analysis/README.md
+PAGES := README.md docs/*.md docs/methods/*.md docs/benchmark/README.md docs/analysis/*.md
 export HF_HUB_OFFLINE := 1
 
 .PHONY: install demo test test-slow check docs results bench clean

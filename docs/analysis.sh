@@ -1,5 +1,5 @@
 #!/bin/sh
-# The analysis page: learned vectors of three tasks under the lens; pictures, and their numbers beside them. Half an hour
+# The analysis page: learned vectors of three tasks under the lens; pictures, and their numbers beside them. Twenty minutes
 # on two cores. Usage: docs/analysis.sh BIN RUN [MODEL [DEVICE]]
 set -eu
 bin=$1

@@ -100,13 +100,13 @@ def _said(found: Metric, key: str) -> str:
 
 
 def both(*finds: Callable[[], Found]) -> Callable[[], Found]:
-    """Reproduced where each part is, in part where some are."""
+    """Reproduced where each part is, in part where some are; not where none is and one is known not to be."""
 
     def find() -> Found:
         found = [part() for part in finds]
         verdicts = [part.verdict for part in found]
         some = f"{YES} in part ({verdicts.count(YES)} of {len(found)})"
-        verdict = verdicts[0] if len(set(verdicts)) == 1 else some if YES in verdicts else UNSURE
+        verdict = verdicts[0] if len(set(verdicts)) == 1 else some if YES in verdicts else NO if NO in verdicts else UNSURE
         return Found("; ".join(dict.fromkeys(part.measured for part in found)), verdict)
 
     return find
@@ -132,54 +132,70 @@ def adapted(unseen: bool, b: Sequence[str]) -> Callable[[], Found]:
     return find
 
 
-def seen(says: str, least: float, gap: Callable[[str], float]) -> Callable[[], Found]:
-    """A number of each task of docs/analysis, over tasks: reproduced where its interval is above `least`, not where it
-    is below."""
+Cell = tuple[str, str]
+"""A model and a task of docs/analysis."""
+
+
+def seen(says: str, gap: Callable[[Cell], float], least: float = 0.0) -> Callable[[], Found]:
+    """A number of each model and task of docs/analysis, over these: reproduced where its interval is above `least`, not
+    where it is below."""
 
     def find() -> Found:
-        if len(analysed(MODEL)) < 2:
+        cells = [(model, task) for model in (MODEL, "gemma3-270m") for task in analysed(model)]
+        if len(cells) < 2:
             return Found("not measured yet", NOT_HERE)
-        gaps = [gap(task) for task in analysed(MODEL)]
-        found = over(gaps)
-        text = f"{says}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], {len(gaps)} tasks"
+        found = over([gap(cell) for cell in cells])
+        text = f"{says}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], {len(cells)} pairs of model and task"
         verdict = YES if found.low > least else NO if found.high < least else UNSURE
         return Found(f"{text}; asked for: above {least:g}", verdict)
 
     return find
 
 
-def _of(task: str, name: str, **want: object) -> float:
-    return row_of(MODEL, task, name, want)[0]
+def _of(cell: Cell, name: str, **want: object) -> float:
+    return row_of(*cell, name, want)[0]
 
 
-def _path(task: str, way: str, vector: str = "vector") -> float:
-    return _of(task, "early/ov", part="variants", way=way, vector=vector)
+def _path(cell: Cell, way: str, vector: str = "vector") -> float:
+    return _of(cell, "early/ov", part="variants", way=way, vector=vector)
 
 
-def _share(task: str, way: str) -> float:
-    """What a way keeps of the vector's gain over zero-shot."""
-    zero = _path(task, "zero-shot")
-    return (_path(task, way) - zero) / (_path(task, "itself") - zero)
+def _gain(cell: Cell) -> float:
+    """The vector's own, over zero-shot."""
+    return _path(cell, "itself") - _path(cell, "zero-shot")
 
 
-def _lost(task: str) -> float:
+def _share(cell: Cell) -> float:
+    """What the OV path gives beyond random vectors' paths, of the vector's gain."""
+    return (_path(cell, "ov") - _path(cell, "ov", "random vector")) / _gain(cell)
+
+
+def _linear(cell: Cell) -> float:
+    """What the Jacobian's image at the last layer gives beyond random vectors' images, of the vector's gain."""
+    own, null = (
+        _of(cell, "early/propagation", measure="accuracy", of=f"J {of} at the last layer") for of in ("v", "random")
+    )
+    return (own - null) / _gain(cell)
+
+
+def _lost(cell: Cell) -> float:
     """What is lost without the key heads, beyond heads of the same layers, as a share of the accuracy with all."""
     key, random = "key heads", "random heads of the same layers"
     all_, out, null = (
-        _of(task, "early/heads", way="vector", heads=heads, percent=percent)
+        _of(cell, "early/heads", way="vector", heads=heads, percent=percent)
         for heads, percent in ((key, 0), (key, 10), (random, 10))
     )
     return (null - out) / all_
 
 
-def _towards(task: str) -> float:
-    """How much more the rotation brings the vector into the outputs' span than it brings random vectors."""
-    own, random = (
-        _of(task, "early/rotation", measure="alignment of Qv", of=of, own=True)
-        - _of(task, "early/rotation", measure="alignment of v", of=of, own=True)
-        for of in ("the vector", "random vectors")
-    )
-    return own - random
+def _beyond(measure: str, name: str) -> Callable[[Cell], float]:
+    """The vector's, less random vectors', at the vector's own layer."""
+
+    def gap(cell: Cell) -> float:
+        own, random = (_of(cell, name, measure=measure, of=of, own=True) for of in ("the vector", "random vectors"))
+        return own - random
+
+    return gap
 
 
 # --- particular claims -----------------------------------------------------------------------------------------------
@@ -328,39 +344,41 @@ PAPERS: dict[str, list[Claim]] = {
         Claim(
             "It acts through OV circuits",
             "OV alone keeps 52 of 83",
-            seen("share of the vector's gain that the OV path alone keeps", 0.3, lambda task: _share(task, "ov")),
+            seen("what the OV path alone gives beyond random vectors' paths, of the vector's gain", _share),
         ),
         Claim(
             "A tenth of the heads carries it",
-            "51 of 83 without them",
-            seen("lost without key heads, beyond heads of the same layers, as a share", 0.2, _lost),
+            "51 of 83 without them (78 without random ones)",
+            seen("lost without key heads, beyond heads of the same layers, as a share", _lost),
         ),
         Claim(
             "It propagates almost linearly",
             "figures only",
             both(
-                *(
-                    seen(
-                        f"R² of the mean Jacobian, {of}, at the vector's layer",
-                        0.5,
-                        lambda task, of=of: _of(task, "early/propagation", measure="R2", by=f"J, {of}", own=True),
-                    )
-                    for of in ("the vector", "random vectors")
-                )
+                seen(
+                    "accuracy by the mean Jacobian's image at the last layer beyond random vectors' images, of the gain",
+                    _linear,
+                ),
+                seen(
+                    "R² of the mean Jacobian at the vector's layer",
+                    lambda cell: _of(cell, "early/propagation", measure="R2", by="J, the vector", own=True),
+                ),
             ),
         ),
         Claim(
             "Early vectors are rotated towards the task",
             "figures only",
-            seen("alignment that the rotation adds, beyond what it adds to random vectors", 0.0, _towards),
+            seen(
+                "share in the span of the outputs once rotated, less rotated random vectors'",
+                _beyond("alignment of Qv", "early/rotation"),
+            ),
         ),
         Claim(
             "Late vectors are only stretched",
             "figures only",
-            seen(
-                "cos(v, Qv) of a late vector",
-                0.9,
-                lambda task: _of(task, "late/rotation", measure="cos(v, Qv)", of="the vector", own=True),
+            both(
+                seen("cos(v, Qv) of a late vector, less random vectors'", _beyond("cos(v, Qv)", "late/rotation")),
+                seen("its stretch, less random vectors'", _beyond("|Sv| / |v|", "late/rotation")),
             ),
         ),
     ],
