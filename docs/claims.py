@@ -105,9 +105,12 @@ def both(*finds: Callable[[], Found]) -> Callable[[], Found]:
     def find() -> Found:
         found = [part() for part in finds]
         verdicts = [part.verdict for part in found]
-        some = f"{YES} in part ({verdicts.count(YES)} of {len(found)})"
-        verdict = verdicts[0] if len(set(verdicts)) == 1 else some if YES in verdicts else NO if NO in verdicts else UNSURE
-        return Found("; ".join(dict.fromkeys(part.measured for part in found)), verdict)
+        measured = "; ".join(dict.fromkeys(part.measured for part in found))
+        if len(set(verdicts)) == 1:
+            return Found(measured, verdicts[0])
+        if YES in verdicts:
+            return Found(measured, f"{YES} in part ({verdicts.count(YES)} of {len(found)})")
+        return Found(measured, NO if NO in verdicts else UNSURE)
 
     return find
 
@@ -356,7 +359,7 @@ PAPERS: dict[str, list[Claim]] = {
             "figures only",
             both(
                 seen(
-                    "accuracy by the mean Jacobian's image at the last layer beyond random vectors' images, of the gain",
+                    "accuracy by the Jacobian's image at the last layer beyond random vectors' images, of the gain",
                     _linear,
                 ),
                 seen(
