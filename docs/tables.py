@@ -219,6 +219,7 @@ STATEMENTS: list[tuple[str, str, Want]] = [
     ("null: of random vectors", "early/ov", {"part": "variants", "way": "ov", "vector": "random vector"}),
     ("MLPs' path instead", "early/ov", {"part": "variants", "way": "mlp", "vector": "vector"}),
     ("the vector without its OV path", "early/ov", {"part": "variants", "way": "without ov", "vector": "vector"}),
+    ("null: without random vectors'", "early/ov", {"part": "variants", "way": "without ov", "vector": "random vector"}),
     ("accuracy on the other half of the items", "early/heads", {"way": "vector", "heads": "key heads", "percent": 0}),
     ("without a tenth of the heads", "early/heads", {"way": "vector", "heads": "key heads", "percent": 10}),
     (

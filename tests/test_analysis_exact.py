@@ -32,6 +32,8 @@ from tests.linear_net import linear_lm, matrices, product
 from tests.reference import blocks, both_families, exact_lm, run, telling_task
 
 ROW = tiny.random_vector(32, 4)
+ov_module = sys.modules["taskvec.analysis.ov"]
+"""The package's `ov` is the function."""
 
 
 def subject_of(lm: LM, layer: int = 0, row: Tensor = ROW, n: int = 6) -> Subject:
@@ -312,8 +314,7 @@ def _moved(row: Tensor) -> Callable[..., Any]:
 
 def test_heads_that_do_not_look_at_one_token_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     one = subject_of(tiny.tiny_lm("llama"))
-    module = sys.modules["taskvec.analysis.ov"]  # the package's `ov` is the function
-    monkeypatch.setattr(module, "attention", lambda lm, prompts, vector: [torch.full((3, 4, 1), 0.9)])
+    monkeypatch.setattr(ov_module, "attention", lambda lm, prompts, vector: [torch.full((3, 4, 1), 0.9)])
     with pytest.raises(ModelError, match="gates or attention sinks"):
         ov(one)
 
@@ -333,6 +334,16 @@ def test_cumulative_curves_end_where_the_variant_of_all_layers_is() -> None:
         assert end == value(found, vector=VECTOR, part="variants", way=way).value
     for way, vector in (("itself", one.vector), ("zero-shot", None)):
         assert value(found, vector=VECTOR, part="variants", way=way).value == one.accuracy(vector).value
+
+
+def test_the_null_of_necessity_takes_random_paths_out_beside_the_vector() -> None:
+    one = subject_of(tiny.tiny_lm("llama"))
+    paths = [Path(one, one.random(number)) for number in range(ov_module.DRAWS)]
+    accuracies = [
+        float(one.hits(_edits(one, "heads", path.gains(), 2, beside=one.vector)).float().mean()) for path in paths
+    ]
+    found = value(ov(one).found, vector=ov_module.NULL, part="variants", way="without ov").value
+    assert found == pytest.approx(sum(accuracies) / len(accuracies))
 
 
 # --- polar, ranks, clusters ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ norm's scale s(h) of the stream h that the head reads, both as in the run with t
 which is put in there, in all heads of layers l + 1 to m, in place of theta. Beside it stand: the weights left out
 (c = 1); the norm left to the vector itself (s(theta)); all gains at once, summed up at layer l; what MLPs make of
 theta (MLP(h + theta) - MLP(h)), put in the same way; and necessity: theta stays, and every gain is taken out. The null
-is a random vector of equal norm, treated the same (the mean over `DRAWS` of them).
+is a random vector of equal norm (the mean over `DRAWS` of them), whose gains are put in, or taken out beside theta.
 
 W_V theta needs no weights' names: attention over one token is its OV circuit, so it is read off the model's own
 one-token pass (grouped queries, fused projections and all). How the norm scales is found the same way, by trying. A
@@ -185,8 +185,9 @@ def _post_normed(lm: LM) -> bool:
 
 
 def _measured(path: Path) -> Iterator[tuple[Cells, Bool[Tensor, " n"]]]:
-    """Which items are right, by what is put in or taken out."""
+    """Which items are right, by what is put in, or taken out beside the subject's vector."""
     subject = path.subject
+    own = subject.added(subject.direction, subject.layer)
     gains, mlps = path.gains(), path.through_mlps()
     steps = np.linspace(path.above[0], path.above[-1], min(STEPS, len(path.above))).round().astype(int).tolist()
     whole = dict[str, Tensor]()  # of the last step: all layers
@@ -194,7 +195,7 @@ def _measured(path: Path) -> Iterator[tuple[Cells, Bool[Tensor, " n"]]]:
         for part, way, vectors in (
             ("instead", "ov", _edits(subject, "heads", gains, layer)),
             ("instead", "mlp", _edits(subject, "mlp", mlps, layer)),
-            ("beside", "without ov", _edits(subject, "heads", gains, layer, beside=path.vector)),
+            ("beside", "without ov", _edits(subject, "heads", gains, layer, beside=own)),
         ):
             whole[way] = subject.hits(vectors)
             yield {"part": part, "way": way, "layer": layer}, whole[way]
@@ -239,5 +240,5 @@ def _says(found: Found) -> str:
     return (
         f"Zero-shot {of('zero-shot')}, with the vector {of('itself')}; with only what all heads above read off it "
         f"{of('ov')} (of random vectors {of('ov', NULL)}), with only what MLPs make of it {of('mlp')}; with the vector "
-        f"but without what heads read off it {of('without ov')}."
+        f"but without what heads read off it {of('without ov')} (off random vectors {of('without ov', NULL)})."
     )
