@@ -8,22 +8,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from taskvec.analysis import ANALYSES, Beside, Subject
 from taskvec.analysis.attention import attention
 from taskvec.analysis.conflict import common, conflict, disputed, rival
-from taskvec.analysis.finding import Finding, value
-from taskvec.analysis.geometry import clustered, cosines, effective_rank, geometry, nearest
+from taskvec.analysis.finding import Finding, jackknifed, value
+from taskvec.analysis.geometry import clustered, cosines, effective_rank, geometry, nearest, paired
 from taskvec.analysis.heads import DOSES, NULL, ablated, heads, matched, ranking, salience
 from taskvec.analysis.ov import VECTOR, Path, _edits, norm_scale, ov, values
-from taskvec.analysis.propagation import CONSTANT, alike, explained, fits, fitted_map, jacobians, propagation, shifts
+from taskvec.analysis.propagation import (
+    CONSTANT,
+    alike,
+    explained,
+    fits,
+    fitted_map,
+    grouped,
+    jacobians,
+    propagation,
+    shifts,
+)
 from taskvec.analysis.propagation import drawn as draws
 from taskvec.analysis.rotation import polar, rotation
 from taskvec.errors import InputError, ModelError
 from taskvec.hooks import capture, inject
 from taskvec.lm import LM
 from taskvec.replay import Ask, Trial
+from taskvec.results import Metric
 from taskvec.sites import Site
 from taskvec.tasks import load_task
 from taskvec.vector import Add, Edit, TaskVector
@@ -56,6 +68,17 @@ def mean_map(subject: Subject, layer: int) -> Tensor:
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_the_mean_jacobian_is_the_product_of_the_blocks(layer: int) -> None:
     torch.testing.assert_close(jacobians(linear())[layer], mean_map(linear(), layer), atol=1e-5, rtol=1e-4)
+
+
+def test_a_group_of_prompts_can_be_left_out_of_the_mean_jacobian() -> None:
+    one = linear()
+    groups = grouped(one)
+    assert sorted(i for group in groups for i in group) == list(range(len(one.bare)))
+    for left, group in enumerate(groups):
+        kept = [prompt for i, prompt in enumerate(one.bare) if i not in group]
+        maps = [product(matrices(one.lm, len(prompt))[1:]) for prompt in kept]
+        expected = torch.stack(maps).mean(0).float()
+        torch.testing.assert_close(jacobians(one, without=left)[0], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_shifts_are_the_map_of_the_vector() -> None:
@@ -127,6 +150,45 @@ def test_a_scaled_rotation_is_found_and_random_vectors_turn_alike() -> None:
         assert value(found, layer=1, measure="|Sv| / |v|", of=of).value == pytest.approx(1.5, abs=1e-4)
         assert value(found, layer=0, measure="|Sv| / |v|", of=of).value == pytest.approx(2.25, abs=1e-4)
         assert value(found, layer=2, measure="cos(v, Qv)", of=of).value == pytest.approx(1, abs=1e-6)
+
+
+def test_a_rotations_interval_is_that_of_maps_without_a_group() -> None:
+    """Attention makes each prompt's map another one; the last layer's is the identity in all."""
+    one = linear()
+    found = rotation(one).found
+    stretches = []
+    for group in grouped(one):
+        kept = [prompt for i, prompt in enumerate(one.bare) if i not in group]
+        j = torch.stack([product(matrices(one.lm, len(prompt))[1:]) for prompt in kept]).mean(0)
+        values, vectors = torch.linalg.eigh(j.T @ j)
+        root = vectors * values.sqrt() @ vectors.T
+        stretches.append(float((root @ ROW.double()).norm() / ROW.double().norm()))
+    n = len(stretches)
+    spread = ((n - 1) / n * float(((np.array(stretches) - np.mean(stretches)) ** 2).sum())) ** 0.5
+    own = value(found, layer=0, measure="|Sv| / |v|", of="the vector")
+    assert spread > 0
+    assert own.high - own.value == pytest.approx(float(stats.t.ppf(0.975, n - 1)) * spread, rel=0.02)
+    assert own.value - own.low == pytest.approx(own.high - own.value, rel=1e-6)
+    last = value(found, layer=2, measure="cos(v, Qv)", of="the vector")
+    assert last.high - last.low < 1e-5
+
+
+def test_the_jackknife_of_a_mean_is_its_t_interval() -> None:
+    values = np.random.default_rng(0).normal(size=9)
+    found = jackknifed(float(values.mean()), [float(np.delete(values, i).mean()) for i in range(9)])
+    expected = stats.t.interval(0.95, 8, loc=values.mean(), scale=stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert jackknifed(2.0, [1.0]) == Metric(2.0, 2.0, 2.0)
+
+
+def test_pairs_are_left_out_with_their_vector() -> None:
+    table = torch.arange(16.0).reshape(4, 4)
+    found = paired(
+        table, [(0, 1), (0, 2), (1, 3)]
+    )  # 1, 2, 7; without vector 0: 7; 1: 2; 2: (1 + 7) / 2; 3: (1 + 2) / 2
+    assert found == jackknifed(10 / 3, [7.0, 2.0, 4.0, 1.5])
+    alone = paired(table, [(0, 1), (0, 2)])  # vector 0 is in both
+    assert alone == Metric(1.5, 1.5, 1.5)
 
 
 def test_a_linear_networks_saliency_is_its_derivative_and_small_heads_match_ablation() -> None:

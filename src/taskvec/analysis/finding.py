@@ -13,6 +13,7 @@ from torch import Tensor
 from taskvec.files import replaced
 from taskvec.report.curves import Curve, Panel, as_drawings, as_svg
 from taskvec.report.pictures import Picture
+from taskvec.report.statistics import over
 from taskvec.results import Metric, mean, proportion
 
 Cells = Mapping[str, Any]
@@ -92,6 +93,16 @@ def share(hits: Tensor) -> Metric:
     found = proportion(np.asarray(hits, dtype=bool))
     assert found is not None
     return found
+
+
+def jackknifed(whole: float, less: Sequence[float]) -> Metric:
+    """A number of a whole, with a 95 % t interval from what it is without each of its parts (delete-one jackknife);
+    without an interval where there are not two."""
+    parts = len(less)
+    if parts < 2:
+        return Metric(whole, whole, whole)
+    around = over([parts * whole - (parts - 1) * one for one in less])
+    return Metric(whole, whole - around.value + around.low, whole - around.value + around.high)
 
 
 def value(found: Found, **of: Any) -> Metric:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taskvec.analysis.finding import Cells, Finding, Found, average, places, share, value
+from taskvec.analysis.finding import Cells, Finding, Found, average, jackknifed, places, share, value
 from taskvec.analysis.lens import alignment, spans
 from taskvec.analysis.subject import Subject, likeliest, one_addition
 from taskvec.errors import InputError
@@ -103,15 +103,26 @@ def cosines(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
 
 
 def _similar(shelf: Shelf) -> Iterator[tuple[Cells, Metric]]:
-    table, kinds = cosines(shelf.rows), dict[str, list[float]]()
+    kinds = dict[str, list[tuple[int, int]]]()
     for i, j in combinations(range(len(shelf.rows)), 2):
         named = (("task", shelf.tasks), ("layer", shelf.layers), ("method", shelf.methods))
         same = ", ".join(name for name, of in named if of[i] == of[j])
-        kinds.setdefault(f"same {same}" if same else "nothing the same", []).append(float(table[i, j]))
-    for name, some in sorted(kinds.items()):
-        yield {"measure": "cosine", "of": name, "kind": "vectors"}, average(some)
-    random = cosines(_random(shelf.rows))[torch.triu_indices(len(shelf.rows), len(shelf.rows), 1).unbind()]
-    yield {"measure": "cosine", "of": "random directions", "kind": "null"}, average(random)
+        kinds.setdefault(f"same {same}" if same else "nothing the same", []).append((i, j))
+    for name, pairs in sorted(kinds.items()):
+        yield {"measure": "cosine", "of": name, "kind": "vectors"}, paired(cosines(shelf.rows), pairs)
+    every = list(combinations(range(len(shelf.rows)), 2))
+    yield {"measure": "cosine", "of": "random directions", "kind": "null"}, paired(cosines(_random(shelf.rows)), every)
+
+
+def paired(table: Float[Tensor, "m m"], pairs: Sequence[tuple[int, int]]) -> Metric:
+    """The mean over pairs; its interval by vector, each left out once, for pairs that share one are not independent. No
+    interval where a vector is in all of them."""
+    less = [
+        [float(table[pair]) for pair in pairs if left not in pair]
+        for left in sorted({i for pair in pairs for i in pair})
+    ]
+    whole = float(np.mean([float(table[pair]) for pair in pairs]))
+    return jackknifed(whole, [float(np.mean(some)) for some in less] if all(less) else [])
 
 
 def _random(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
@@ -171,8 +182,11 @@ def _outputs(subject: Subject, task: Task) -> list[int]:
 
 def _ranks(shelf: Shelf) -> Iterator[tuple[Cells, Metric]]:
     for kind, rows in (("vectors", shelf.rows), ("null", _random(shelf.rows))):
-        rank = effective_rank(rows)
-        yield {"measure": "effective rank", "of": f"{len(rows)} vectors", "kind": kind}, Metric(rank, rank, rank)
+        less = [effective_rank(rows[torch.arange(len(rows)) != left]) for left in range(len(rows))]
+        yield (
+            {"measure": "effective rank", "of": f"{len(rows)} vectors", "kind": kind},
+            jackknifed(effective_rank(rows), less),
+        )
 
 
 def effective_rank(rows: Float[Tensor, "m d"]) -> float:

@@ -37,6 +37,8 @@ from taskvec.vector import Add, Edit, TaskVector
 
 PROMPTS = 12
 """Prompts that Jacobians and shifts are averaged over."""
+GROUPS = 4
+"""Groups of these, each of which is left out once for an interval."""
 AT_ONCE = 32
 """Rows of the Jacobian in one backward pass."""
 LAYERS = 8
@@ -68,32 +70,48 @@ def propagation(subject: Subject) -> Finding:
 # --- the mean Jacobian -----------------------------------------------------------------------------------------------
 
 
+def jacobians(subject: Subject, *, without: int | None = None) -> Float[Tensor, "L d d"]:
+    """The mean of dh / dh_l over the first prompts, or over these without one of their groups (`grouped`)."""
+    kept = [group for group in range(len(grouped(subject))) if group != without]
+    return summed(subject)[kept].sum(0) / sum(len(grouped(subject)[group]) for group in kept)
+
+
+def grouped(subject: Subject) -> list[range]:
+    """The numbers of the first prompts, dealt to `GROUPS` groups, or one each where they are fewer."""
+    n = len(subject.bare[:PROMPTS])
+    groups = min(GROUPS, n)
+    return [range(group, n, groups) for group in range(groups)]
+
+
 @lru_cache(maxsize=1)
-def jacobians(subject: Subject) -> Float[Tensor, "L d d"]:
-    """The mean of dh / dh_l over the first prompts, for all layers at once: each backward pass gives some rows of every
-    layer's (`AT_ONCE` copies of the prompts in one pass, each asked for one entry of h). Those of the last subject are
-    kept: two analyses read them."""
-    lm, d = subject.lm, len(subject.direction)
-    engine, out = replay(lm, subject.bare[:PROMPTS], keep=True), torch.zeros(lm.n_layers, d, d)
+def summed(subject: Subject) -> Float[Tensor, "G L d d"]:
+    """dh / dh_l summed over each group, for all layers at once: each backward pass gives some rows of every layer's
+    (`AT_ONCE` copies of the prompts in one pass, each asked for one entry of h). Those of the last subject are kept:
+    two analyses read them."""
+    lm, d, groups = subject.lm, len(subject.direction), grouped(subject)
+    engine, out = replay(lm, subject.bare[:PROMPTS], keep=True), torch.zeros(len(groups), lm.n_layers, d, d)
     for first in range(0, d, AT_ONCE):
         entries = range(first, min(first + AT_ONCE, d))
-        out[:, list(entries)] = _entries(engine, entries, d)
-    return out / len(engine.prompts)
+        out[:, :, list(entries)] = _entries(engine, entries, d, len(groups))
+    return out
 
 
-def _entries(engine: Packed | Plain, entries: range, d: int) -> Float[Tensor, "L k d"]:
-    """The gradients of some entries of h, summed over prompts, by a shift of every layer: all prompts share the leaves
-    of one entry."""
+def _entries(engine: Packed | Plain, entries: range, d: int, groups: int) -> Float[Tensor, "G L k d"]:
+    """The gradients of some entries of h by a shift of every layer, summed over each group of prompts, which share the
+    leaves of one entry."""
     lm, n = engine.lm, len(engine.prompts)
     sites = [Site("resid", layer) for layer in range(lm.n_layers)]
-    leaves = [torch.zeros(len(sites), d, requires_grad=True) for _ in entries]
-    shifts = ((Edit(site, Add(row)) for site, row in zip(sites, leaf, strict=True)) for leaf in leaves)
-    trials = [Trial(i, vector) for vector in map(TaskVector, map(tuple, shifts)) for i in range(n)]
+    leaves = [torch.zeros(groups, len(sites), d, requires_grad=True) for _ in entries]
+    vectors = [
+        [TaskVector(tuple(Edit(site, Add(row)) for site, row in zip(sites, rows, strict=True))) for rows in leaf]
+        for leaf in leaves
+    ]
+    trials = [Trial(i, own[i % groups]) for own in vectors for i in range(n)]
     with lm.frozen(), torch.enable_grad():
         for numbers, states in engine.reached(trials, sites[-1]):
             asked = torch.tensor([entries[number // n] for number in numbers], device=states.device)
             states.gather(1, asked[:, None]).sum().backward()  # type: ignore[no-untyped-call]
-    return torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None], 1)
+    return torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None], 2)
 
 
 # --- shifts ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ vector.
 The mean Jacobian J_l (see `propagation`) is split into J = Q S, Q orthogonal (the rotation), S symmetric and positive
 semidefinite (the stretch). By layer: the cosine of v and Q v, |S v| / |v|, and how much of Q v lies in the span of the
 task's outputs' unembedding rows. The nulls are random vectors of equal norm in the same maps, and random tokens, as
-many: a map that rotates everything rotates the vector too. Where J is the identity (the last layer) Q is.
+many: a map that rotates everything rotates the vector too. Where J is the identity (the last layer) Q is. The vector's
+own numbers have an interval over prompts, by a jackknife that leaves out groups of them (`propagation.GROUPS`); that of
+random vectors is the range that 95 % of them lie in.
 
 One vector is looked at in every layer's map: the curves say what maps do, not what vectors trained at other layers
 would do. Q is unique where J is invertible; `smallest singular value`, as a share of the largest, says how nearly
@@ -19,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taskvec.analysis.finding import Cells, Finding, Found, average, panel, value
+from taskvec.analysis.finding import Cells, Finding, Found, average, jackknifed, panel, value
 from taskvec.analysis.lens import alignment, spans, top_tokens
-from taskvec.analysis.propagation import jacobians
+from taskvec.analysis.propagation import grouped, jacobians
 from taskvec.analysis.subject import Subject
 from taskvec.results import Metric
 
@@ -47,28 +49,38 @@ def rotation(subject: Subject) -> Finding:
 def _measured(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
     rows = torch.stack([subject.direction, *(subject.random(number) for number in range(RANDOM))])
     outputs, random = spans(subject, subject.labels)
+    groups = len(grouped(subject))
+    less = [jacobians(subject, without=group) for group in range(groups)] if groups > 1 else []
     for layer, j in enumerate(jacobians(subject)):
-        q, s = (part.float() for part in polar(j.double()))
-        sizes = torch.linalg.svdvals(j.double())
-        least = float(sizes[-1] / sizes[0])
+        q, s = polar(j.double())
+        sizes = torch.linalg.eigvalsh(s)
+        least = float(sizes[0].clamp_min(0) / sizes[-1])
         yield {"layer": layer, "measure": "smallest singular value", "of": "J"}, Metric(least, least, least)
-        turned = rows @ q.T
-        cosines = torch.cosine_similarity(rows, turned, dim=1)
-        stretch = (rows @ s.T).norm(dim=1) / rows.norm(dim=1)
-        for measure, numbers in (("cos(v, Qv)", cosines), ("|Sv| / |v|", stretch)):
-            yield from _both(layer, measure, numbers)
-        for measure, some in (("alignment of Qv", turned), ("alignment of v", rows)):
-            yield from _both(layer, measure, alignment(outputs, some))
-            null = torch.cat([alignment(one, some[:1]) for one in random])
-            yield {"layer": layer, "measure": measure, "of": TOKENS}, average(null)
+        whole = _numbers(q, s, rows, outputs)
+        parts = [_numbers(*polar(one[layer].double()), rows[:1], outputs) for one in less]
+        for measure, numbers in whole.items():
+            own, null = float(numbers[0]), numbers[1:].double()
+            interval = jackknifed(own, [float(part[measure][0]) for part in parts])
+            yield {"layer": layer, "measure": measure, "of": VECTOR}, interval
+            low, high = (float(null.quantile(part)) for part in (0.025, 0.975))
+            yield {"layer": layer, "measure": measure, "of": NULL}, Metric(float(null.mean()), low, high)
+        turned = rows[:1] @ q.float().T
+        for measure, some in (("alignment of Qv", turned), ("alignment of v", rows[:1])):
+            drawn = torch.cat([alignment(one, some) for one in random])
+            yield {"layer": layer, "measure": measure, "of": TOKENS}, average(drawn)
 
 
-def _both(layer: int, measure: str, numbers: Float[Tensor, " m"]) -> Iterator[tuple[Cells, Metric]]:
-    """The vector's own number, and the random vectors' with the range that 95 % of them lie in."""
-    own, rest = float(numbers[0]), numbers[1:].double()
-    yield {"layer": layer, "measure": measure, "of": VECTOR}, Metric(own, own, own)
-    low, high = (float(rest.quantile(part)) for part in (0.025, 0.975))
-    yield {"layer": layer, "measure": measure, "of": NULL}, Metric(float(rest.mean()), low, high)
+def _numbers(
+    q: Float[Tensor, "d d"], s: Float[Tensor, "d d"], rows: Float[Tensor, "m d"], outputs: Float[Tensor, "d K"]
+) -> dict[str, Float[Tensor, " m"]]:
+    """Each row's cosine, stretch and alignment under Q S."""
+    turned = rows @ q.float().T
+    return {
+        "cos(v, Qv)": torch.cosine_similarity(rows, turned, dim=1),
+        "|Sv| / |v|": (rows @ s.float().T).norm(dim=1) / rows.norm(dim=1),
+        "alignment of Qv": alignment(outputs, turned),
+        "alignment of v": alignment(outputs, rows),
+    }
 
 
 def _says(subject: Subject, found: Found) -> str:
