@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from taskvec.analysis.finding import Found, panel, places, value
 from taskvec.report.curves import Curve, Panel, as_drawings, as_svg
 from taskvec.report.pictures import Page, Picture, picture_page
@@ -52,6 +54,24 @@ def test_an_axis_of_names_is_not_joined() -> None:
     own, null = json.loads(drawing.figure.to_json())["data"]
     assert (own["mode"], own["error_y"]["array"], own["error_y"]["arrayminus"]) == ("markers", [0.25, 0.25], [0.5, 0.5])
     assert null["marker"]["symbol"].endswith("-open")
+
+
+def test_what_is_below_the_floor_is_cut_and_the_picture_says_so() -> None:
+    deep = Panel("t", "layer", (Curve("own", ((0, metric(-400)), (1, metric(1)))),), floor=-1.0)
+    assert "below -1 not shown" in as_svg([deep])
+    layout = json.loads(as_drawings("name", "", [deep])[0].figure.to_json())["layout"]
+    assert layout["yaxis"]["range"] == [-1, pytest.approx(1.25 + 0.05 * 2.25)]
+    assert layout["yaxis"]["title"]["text"] == "below -1 not shown"
+    shallow = Panel("t", "layer", line().curves, floor=-1.0)
+    assert "not shown" not in as_svg([shallow])
+    assert "range" not in json.loads(as_drawings("name", "", [shallow])[0].figure.to_json())["layout"]["yaxis"]
+
+
+def test_layers_are_ticked_at_whole_numbers() -> None:
+    points = tuple((x, metric(x)) for x in range(18))
+    drawn = as_svg([Panel("t", "layer", (Curve("own", points),))])
+    assert re.search(r"<!-- \d+ -->", drawn)
+    assert not re.search(r"<!-- \d+\.\d+ -->", drawn.split("matplotlib.axis_2")[0])
 
 
 def test_a_picture_is_the_same_bytes_for_the_same_numbers() -> None:

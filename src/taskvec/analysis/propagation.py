@@ -18,7 +18,7 @@ Shapes: n prompts, L layers, d width of the residual stream, m vectors, k draws.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -47,6 +47,8 @@ RANDOM = 6
 """Random vectors of equal norm."""
 STRENGTHS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 OWN, NULL, CONSTANT = "the vector", "random vectors", "constant shift, of sums"
+FLOOR = -1.0
+"""Where pictures of R² end: all that is negative is worse than no prediction."""
 ENOUGH = 4
 """Draws for each dimension, below which a fitted map is not identified."""
 
@@ -56,9 +58,12 @@ def propagation(subject: Subject) -> Finding:
     found: Found = [*_by_layer(subject), *_by_strength(subject)]
     found += _fitted(subject, ENOUGH * len(subject.direction) + 64)
     found += _causal(subject)
+    nulls = [CONSTANT, f"J, {NULL}", NULL]
+    by_layer = panel("share of the shift explained", found, by="by", where={"measure": "R2"}, nulls=nulls)
+    by_strength = panel("by strength", found, by="of", x="strength", where={"measure": "reach"}, nulls=nulls)
     drawn = (
-        panel("share of the shift explained", found, by="by", where={"measure": "R2"}, nulls=[CONSTANT]),
-        panel("explained, by strength", found, by="of", x="strength", where={"measure": "reach"}, nulls=[NULL]),
+        replace(by_layer, floor=FLOOR),
+        replace(by_strength, floor=FLOOR),
         panel("error of linearity", found, by="of", where={"measure": "error"}),
         panel("alike for all prompts", found, by="of", where={"measure": "alike"}, nulls=[NULL]),
         places("accuracy", found, x="of", by="measure", where={"measure": "accuracy"}),

@@ -1,5 +1,6 @@
 """Curves with intervals, drawn twice from the same numbers: as SVG for papers and as plotly charts for a page."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -28,12 +29,21 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over one axis. `ticks` names places 0, 1, ... where the axis has no numbers: points are not joined."""
+    """Curves over one axis. `ticks` names places 0, 1, ... where the axis has no numbers: points are not joined. What
+    lies below `floor` is out of the picture, which then says so."""
 
     title: str
     x: str
     curves: tuple[Curve, ...]
     ticks: tuple[str, ...] = ()
+    floor: float = -math.inf
+
+    @property
+    def cut(self) -> tuple[float, float] | None:
+        """The range that is shown where something lies below the floor."""
+        found = [m for curve in self.curves for _, m in curve.points]
+        top = max((m.high for m in found), default=self.floor)
+        return (self.floor, top + 0.05 * (top - self.floor)) if any(m.value < self.floor for m in found) else None
 
 
 def as_svg(drawn: Sequence[Panel]) -> str:
@@ -47,11 +57,19 @@ def as_svg(drawn: Sequence[Panel]) -> str:
                 line(ax, curve.points, curve.name, look)
                 ax.lines[-1].set_linestyle(":" if curve.null else "-")
         ax.set(xlabel=panel.x, title=panel.title)
+        if panel.cut is not None:
+            ax.set(ylabel=_below(panel), ylim=panel.cut)
         if panel.ticks:
             ax.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=40, ha="right")
+        elif all(isinstance(x, int) for curve in panel.curves for x, _ in curve.points):
+            ax.locator_params("x", integer=True)
         if len(panel.curves) > 1:
             ax.legend(frameon=False, fontsize=6)
     return svg(figure)
+
+
+def _below(panel: Panel) -> str:
+    return f"below {panel.floor:g} not shown"
 
 
 def _points(ax: Any, curve: Curve, look: tuple[str, str]) -> None:
@@ -78,7 +96,10 @@ def _chart(panel: Panel) -> Any:
     x: dict[str, Any] = {"title": plain(panel.x), "zeroline": False}
     if panel.ticks:
         x |= {"tickvals": list(range(len(panel.ticks))), "ticktext": [plain(tick) for tick in panel.ticks]}
-    figure = chart(traces, x=x, y={"zeroline": False}, height=340)
+    y: dict[str, Any] = {"zeroline": False}
+    if panel.cut is not None:
+        y |= {"title": _below(panel), "range": panel.cut}
+    figure = chart(traces, x=x, y=y, height=340)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     return figure.update_layout(showlegend=len(panel.curves) > 1, legend=legend)
 
