@@ -306,7 +306,7 @@ def mean_of(rows: list[dict[str, Any]], key: str) -> float:
 
 
 def methods() -> str:
-    """The methods with the first line of their pages."""
+    """The methods with the first paragraph of their pages."""
     import importlib
 
     from taskvec import methods as registry
@@ -314,7 +314,7 @@ def methods() -> str:
     body = []
     for name in registry.names():
         module = importlib.import_module(registry.get(name).__module__)
-        body.append([f"`{name}`", (module.__doc__ or "").splitlines()[0]])
+        body.append([f"`{name}`", (module.__doc__ or "").split("\n\n")[0].replace("\n", " ")])
     return "\n" + markdown(["method", "what it is"], body) + "\n"
 
 
