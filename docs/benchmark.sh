@@ -1,5 +1,5 @@
 #!/bin/sh
-# The benchmark page: run the classification suite, keep its rows, tables and pictures. About an hour on two cores; alone
+# The benchmark page: run the classification suite, keep its rows, tables and pictures. 90 minutes on two cores; alone
 # on the machine, please. A run that was stopped goes on. Usage:
 # [DEVICE=cuda] [JOBS=4] docs/benchmark.sh BIN RUN
 set -eu
