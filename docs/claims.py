@@ -15,19 +15,21 @@ from verdicts import (
     Found,
     above,
     adapted,
-    beyond,
     both,
     by_jacobian,
+    by_ov,
     difference,
     difference_said,
+    late_cosine,
     lost,
+    needs_ov,
     not_here,
     number,
-    ov_share,
     seen,
     suite,
     tasks,
     transferred,
+    turned,
 )
 
 from taskvec.report.statistics import POOLED, WITHIN, WRONG, over
@@ -189,42 +191,37 @@ PAPERS: dict[str, list[Claim]] = {
         Claim(
             "It acts through OV circuits",
             "OV alone keeps 52 of 83",
-            seen("what the OV path alone gives beyond random vectors' paths, of the vector's gain", ov_share),
+            both(
+                seen("accuracy by the OV path alone, less by random vectors' paths", by_ov),
+                seen("lost without it, beyond without random vectors' paths", needs_ov),
+            ),
         ),
         Claim(
             "A tenth of the heads carries it",
             "51 of 83 without them (78 without random ones)",
-            seen("lost without key heads, beyond heads of the same layers, as a share", lost),
+            seen("accuracy lost without key heads, beyond without heads of the same layers", lost),
         ),
         Claim(
             "It propagates almost linearly",
             "figures only",
             both(
-                seen(
-                    "accuracy by the Jacobian's image at the last layer beyond random vectors' images, of the gain",
-                    by_jacobian,
-                ),
+                seen("accuracy by the mean Jacobian's image at the last layer, less by a random vector's", by_jacobian),
                 seen(
                     "R² of the mean Jacobian at the vector's layer",
                     lambda cell: number(cell, "early/propagation", measure="R2", by="J, the vector", own=True),
+                    0.5,
                 ),
             ),
         ),
         Claim(
             "Early vectors are rotated towards the task",
             "figures only",
-            seen(
-                "share in the span of the outputs once rotated, less rotated random vectors'",
-                beyond("alignment of Qv", "early/rotation"),
-            ),
+            seen("share in the span of the outputs that rotation adds, beyond what it adds to random vectors", turned),
         ),
         Claim(
             "Late vectors are only stretched",
             "figures only",
-            both(
-                seen("cos(v, Qv) of a late vector, less random vectors'", beyond("cos(v, Qv)", "late/rotation")),
-                seen("its stretch, less random vectors'", beyond("|Sv| / |v|", "late/rotation")),
-            ),
+            seen("cos(v, Qv) of a late vector", late_cosine, 0.9),
         ),
     ],
     "Learnable task vector (arXiv 2502.05390)": [

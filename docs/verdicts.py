@@ -99,8 +99,9 @@ def both(*finds: Callable[[], Found]) -> Callable[[], Found]:
         measured = "; ".join(dict.fromkeys(part.measured for part in found))
         if len(set(verdicts)) == 1:
             return Found(measured, verdicts[0])
+        refuted = f", {verdicts.count(NO)} refuted" if NO in verdicts else ""
         if YES in verdicts:
-            return Found(measured, f"{YES} in part ({verdicts.count(YES)} of {len(found)})")
+            return Found(measured, f"{YES} in part ({verdicts.count(YES)} of {len(found)}{refuted})")
         return Found(measured, NO if NO in verdicts else UNSURE)
 
     return find
@@ -128,20 +129,23 @@ def adapted(unseen: bool, b: Sequence[str]) -> Callable[[], Found]:
 
 Cell = tuple[str, str]
 """A model and a task of docs/analysis."""
+MODELS = (MODEL, "gemma3-270m")
 
 
-def seen(says: str, gap: Callable[[Cell], float]) -> Callable[[], Found]:
-    """A number of each pair of model and task in docs/analysis, over pairs (as if these were independent): reproduced
-    where its interval is above 0, not where it is below."""
+def seen(says: str, gap: Callable[[Cell], float], least: float = 0.0) -> Callable[[], Found]:
+    """A number of docs/analysis, the mean over models within each task, then over tasks: reproduced where its interval
+    is above `least`, not where it is below."""
 
     def find() -> Found:
-        cells = [(model, task) for model in (MODEL, "gemma3-270m") for task in analysed(model)]
-        if len(cells) < 2:
+        tasks = {task: [model for model in MODELS if task in analysed(model)] for task in analysed(MODEL)}
+        if len(tasks) < 2:
             return Found("not measured yet", NOT_HERE)
-        found = over([gap(cell) for cell in cells])
-        text = f"{says}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], {len(cells)} pairs of model and task"
-        verdict = YES if found.low > 0 else NO if found.high < 0 else UNSURE
-        return Found(f"{text}; asked for: above 0", verdict)
+        gaps = {task: [gap((model, task)) for model in models] for task, models in tasks.items()}
+        found = over([float(np.mean(some)) for some in gaps.values()])
+        text = f"{says}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], {len(gaps)} tasks"
+        own = (f"{model} {np.mean([gap((model, task)) for task in tasks]):.2f}" for model in MODELS if analysed(model))
+        verdict = YES if found.low > least else NO if found.high < least else UNSURE
+        return Found(f"{text} ({', '.join(own)}); asked for: above {least:g}", verdict)
 
     return find
 
@@ -155,39 +159,41 @@ def _path(cell: Cell, way: str, vector: str = "vector") -> float:
     return number(cell, "early/ov", part="variants", way=way, vector=vector)
 
 
-def _gain(cell: Cell) -> float:
-    """The vector's own, over zero-shot."""
-    return _path(cell, "itself") - _path(cell, "zero-shot")
+def by_ov(cell: Cell) -> float:
+    """Accuracy by the OV path alone, less by random vectors'."""
+    return _path(cell, "ov") - _path(cell, "ov", "random vector")
 
 
-def ov_share(cell: Cell) -> float:
-    """What the OV path gives beyond random vectors' paths, of the vector's gain."""
-    return (_path(cell, "ov") - _path(cell, "ov", "random vector")) / _gain(cell)
+def needs_ov(cell: Cell) -> float:
+    """What taking the OV path out costs, beyond taking random vectors' paths out."""
+    return _path(cell, "without ov", "random vector") - _path(cell, "without ov")
 
 
 def by_jacobian(cell: Cell) -> float:
-    """What the Jacobian's image at the last layer gives beyond random vectors' images, of the vector's gain."""
+    """Accuracy by the Jacobian's image at the last layer, less by a random vector's image."""
     own, null = (
         number(cell, "early/propagation", measure="accuracy", of=f"J {of} at the last layer") for of in ("v", "random")
     )
-    return (own - null) / _gain(cell)
+    return own - null
 
 
 def lost(cell: Cell) -> float:
-    """What is lost without the key heads, beyond heads of the same layers, as a share of the accuracy with all."""
+    """Accuracy lost without the key heads, beyond without heads of the same layers."""
     key, random = "key heads", "random heads of the same layers"
-    all_, out, null = (
-        number(cell, "early/heads", way="vector", heads=heads, percent=percent)
-        for heads, percent in ((key, 0), (key, 10), (random, 10))
+    out, null = (number(cell, "early/heads", way="vector", heads=heads, percent=10) for heads in (key, random))
+    return null - out
+
+
+def turned(cell: Cell) -> float:
+    """What rotation adds to the share in the outputs' span, beyond what it adds to random vectors'."""
+    own, null = (
+        number(cell, "early/rotation", measure="alignment of Qv", of=of, own=True)
+        - number(cell, "early/rotation", measure="alignment of v", of=of, own=True)
+        for of in ("the vector", "random vectors")
     )
-    return (null - out) / all_
+    return own - null
 
 
-def beyond(measure: str, name: str) -> Callable[[Cell], float]:
-    """The vector's, less random vectors', at the vector's own layer."""
-
-    def gap(cell: Cell) -> float:
-        own, random = (number(cell, name, measure=measure, of=of, own=True) for of in ("the vector", "random vectors"))
-        return own - random
-
-    return gap
+def late_cosine(cell: Cell) -> float:
+    """cos(v, Qv) at the late vector's layer: 1 where a vector is not rotated."""
+    return number(cell, "late/rotation", measure="cos(v, Qv)", of="the vector", own=True)

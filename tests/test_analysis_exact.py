@@ -31,6 +31,7 @@ from taskvec.analysis.propagation import (
 )
 from taskvec.analysis.propagation import drawn as draws
 from taskvec.analysis.rotation import polar, rotation
+from taskvec.analysis.subject import likeliest
 from taskvec.errors import InputError, ModelError
 from taskvec.hooks import capture, inject
 from taskvec.lm import LM
@@ -400,12 +401,16 @@ def test_cumulative_curves_end_where_the_variant_of_all_layers_is() -> None:
 
 def test_the_null_of_necessity_takes_random_paths_out_beside_the_vector() -> None:
     one = subject_of(tiny.tiny_lm("llama"))
+    said = one.engine.answer([Trial(i, one.vector) for i in range(len(one.bare))], Ask(keep=likeliest)).kept
+    vars(one)["golds"] = said.long().tolist()  # what the vector makes likeliest: it is right on all
     paths = [Path(one, one.random(number)) for number in range(ov_module.DRAWS)]
-    accuracies = [
-        float(one.hits(_edits(one, "heads", path.gains(), 2, beside=one.vector)).float().mean()) for path in paths
-    ]
+
+    def accuracy(path: Path, beside: TaskVector) -> float:
+        return float(one.hits(_edits(one, "heads", path.gains(), 2, beside=beside)).float().mean())
+
     found = value(ov(one).found, vector=ov_module.NULL, part="variants", way="without ov").value
-    assert found == pytest.approx(sum(accuracies) / len(accuracies))
+    assert found == pytest.approx(np.mean([accuracy(path, one.vector) for path in paths]))
+    assert found != pytest.approx(np.mean([accuracy(path, path.vector) for path in paths]))
 
 
 # --- polar, ranks, clusters ------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ def test_what_is_below_the_floor_is_cut_and_the_picture_says_so() -> None:
     layout = json.loads(as_drawings("name", "", [deep])[0].figure.to_json())["layout"]
     assert layout["yaxis"]["range"] == [-1, pytest.approx(1.25 + 0.05 * 2.25)]
     assert layout["yaxis"]["title"]["text"] == "below -1 not shown"
+    low = Panel("t", "layer", (Curve("own", ((0, metric(-400)), (1, metric(-3)))),), floor=-1.0)
+    assert low.cut == pytest.approx((-1, 0.05))
     shallow = Panel("t", "layer", line().curves, floor=-1.0)
     assert "not shown" not in as_svg([shallow])
     assert "range" not in json.loads(as_drawings("name", "", [shallow])[0].figure.to_json())["layout"]["yaxis"]

@@ -8,7 +8,8 @@ norm's scale s(h) of the stream h that the head reads, both as in the run with t
 which is put in there, in all heads of layers l + 1 to m, in place of theta. Beside it stand: the weights left out
 (c = 1); the norm left to the vector itself (s(theta)); all gains at once, summed up at layer l; what MLPs make of
 theta (MLP(h + theta) - MLP(h)), put in the same way; and necessity: theta stays, and every gain is taken out. The null
-is a random vector of equal norm (the mean over `DRAWS` of them), whose gains are put in, or taken out beside theta.
+is a random vector of equal norm (the mean over `DRAWS` of them), whose gains, as they are in a run with it, are put in,
+or taken out beside theta.
 
 W_V theta needs no weights' names: attention over one token is its OV circuit, so it is read off the model's own
 one-token pass (grouped queries, fused projections and all). How the norm scales is found the same way, by trying. A

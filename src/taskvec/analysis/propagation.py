@@ -14,10 +14,10 @@ the vector did. At the vector's own layer the map is tried at other strengths (a
 a map is fitted to noised vectors, with noise as large as the vector, on enough draws to be identified, and tested on
 others.
 
-Shapes: n prompts, L layers, d width of the residual stream, m vectors, k draws.
+Shapes: n prompts, G groups of prompts, L layers, d width of the residual stream, e entries of it, m vectors, k draws.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -94,24 +94,25 @@ def summed(subject: Subject) -> Float[Tensor, "G L d d"]:
     (`AT_ONCE` copies of the prompts in one pass, each asked for one entry of h). Those of the last subject are kept:
     two analyses read them."""
     lm, d, groups = subject.lm, len(subject.direction), grouped(subject)
+    group_of = {i: number for number, group in enumerate(groups) for i in group}
     engine, out = replay(lm, subject.bare[:PROMPTS], keep=True), torch.zeros(len(groups), lm.n_layers, d, d)
     for first in range(0, d, AT_ONCE):
         entries = range(first, min(first + AT_ONCE, d))
-        out[:, :, list(entries)] = _entries(engine, entries, d, len(groups))
+        out[:, :, list(entries)] = _entries(engine, entries, d, group_of)
     return out
 
 
-def _entries(engine: Packed | Plain, entries: range, d: int, groups: int) -> Float[Tensor, "G L k d"]:
+def _entries(engine: Packed | Plain, entries: range, d: int, group_of: Mapping[int, int]) -> Float[Tensor, "G L e d"]:
     """The gradients of some entries of h by a shift of every layer, summed over each group of prompts, which share the
     leaves of one entry."""
     lm, n = engine.lm, len(engine.prompts)
     sites = [Site("resid", layer) for layer in range(lm.n_layers)]
-    leaves = [torch.zeros(groups, len(sites), d, requires_grad=True) for _ in entries]
+    leaves = [torch.zeros(len(set(group_of.values())), len(sites), d, requires_grad=True) for _ in entries]
     vectors = [
         [TaskVector(tuple(Edit(site, Add(row)) for site, row in zip(sites, rows, strict=True))) for rows in leaf]
         for leaf in leaves
     ]
-    trials = [Trial(i, own[i % groups]) for own in vectors for i in range(n)]
+    trials = [Trial(i, own[group_of[i]]) for own in vectors for i in range(n)]
     with lm.frozen(), torch.enable_grad():
         for numbers, states in engine.reached(trials, sites[-1]):
             asked = torch.tensor([entries[number // n] for number in numbers], device=states.device)

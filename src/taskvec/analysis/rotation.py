@@ -4,7 +4,7 @@ vector.
 The mean Jacobian J_l (see `propagation`) is split into J = Q S, Q orthogonal (the rotation), S symmetric and positive
 semidefinite (the stretch). By layer: the cosine of v and Q v, |S v| / |v|, and how much of Q v lies in the span of the
 task's outputs' unembedding rows. The nulls are random vectors of equal norm in the same maps, and random tokens, as
-many: a map that rotates everything rotates the vector too. Where J is the identity (the last layer) Q is. The vector's
+many: a map that rotates everything rotates the vector too. At the last layer J, and so Q, is the identity. The vector's
 own numbers have an interval over prompts, by a jackknife that leaves out groups of them (`propagation.GROUPS`); that of
 random vectors is the range that 95 % of them lie in.
 
@@ -12,7 +12,7 @@ One vector is looked at in every layer's map: the curves say what maps do, not w
 would do. Q is unique where J is invertible; `smallest singular value`, as a share of the largest, says how nearly
 it is not. A fitted map of too few draws is not identified at all (`propagation.fitted_map` refuses it).
 
-Shapes: L layers, d width of the residual stream, m vectors, K labels.
+Shapes: L layers, d width of the residual stream, m vectors, r dimensions of the span of the outputs.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def _measured(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
 
 
 def _numbers(
-    q: Float[Tensor, "d d"], s: Float[Tensor, "d d"], rows: Float[Tensor, "m d"], outputs: Float[Tensor, "d K"]
+    q: Float[Tensor, "d d"], s: Float[Tensor, "d d"], rows: Float[Tensor, "m d"], outputs: Float[Tensor, "d r"]
 ) -> dict[str, Float[Tensor, " m"]]:
     """Each row's cosine, stretch and alignment under Q S."""
     turned = rows @ q.float().T

@@ -29,8 +29,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over one axis. `ticks` names places 0, 1, ... where the axis has no numbers: points are not joined. What
-    lies below `floor` is out of the picture, which then says so."""
+    """Curves over one axis. `ticks` names places 0, 1, ... where the axis has no numbers: points are not joined. Where
+    points lie below `floor` the picture ends there, and says so."""
 
     title: str
     x: str
@@ -40,9 +40,10 @@ class Panel:
 
     @property
     def cut(self) -> tuple[float, float] | None:
-        """The range that is shown where something lies below the floor."""
+        """The range that is shown where points lie below the floor."""
         found = [m for curve in self.curves for _, m in curve.points]
         top = max((m.high for m in found), default=self.floor)
+        top = max(top, self.floor + 1)
         return (self.floor, top + 0.05 * (top - self.floor)) if any(m.value < self.floor for m in found) else None
 
 
