@@ -399,18 +399,31 @@ def test_cumulative_curves_end_where_the_variant_of_all_layers_is() -> None:
         assert value(found, vector=VECTOR, part="variants", way=way).value == one.accuracy(vector).value
 
 
+def test_gains_in_another_run_take_its_weights_and_scales() -> None:
+    one = subject_of(tiny.tiny_lm("llama"))
+    own, other = Path(one, one.direction), Path(one, one.random(0))
+    for layer, rows in other.gains(run=own).items():
+        read = other.values[layer].reshape(4, -1) * float(other.scale(other.row[None])[0])
+        expected = read * (own.weights[:, layer] / own.scales[layer][:, None])[..., None]
+        torch.testing.assert_close(rows, expected.flatten(1))
+        assert not torch.allclose(rows, other.gains()[layer])
+
+
 def test_the_null_of_necessity_takes_random_paths_out_beside_the_vector() -> None:
     one = subject_of(tiny.tiny_lm("llama"))
     said = one.engine.answer([Trial(i, one.vector) for i in range(len(one.bare))], Ask(keep=likeliest)).kept
     vars(one)["golds"] = said.long().tolist()  # what the vector makes likeliest: it is right on all
     paths = [Path(one, one.random(number)) for number in range(ov_module.DRAWS)]
 
-    def accuracy(path: Path, beside: TaskVector) -> float:
-        return float(one.hits(_edits(one, "heads", path.gains(), 2, beside=beside)).float().mean())
+    own = Path(one, one.direction)
+
+    def accuracy(path: Path, beside: Path) -> float:
+        taken = _edits(one, "heads", path.gains(run=own), 2, beside=beside.vector)
+        return float(one.hits(taken).float().mean())
 
     found = value(ov(one).found, vector=ov_module.NULL, part="variants", way="without ov").value
-    assert found == pytest.approx(np.mean([accuracy(path, one.vector) for path in paths]))
-    assert found != pytest.approx(np.mean([accuracy(path, path.vector) for path in paths]))
+    assert found == pytest.approx(np.mean([accuracy(path, own) for path in paths]))
+    assert found != pytest.approx(np.mean([accuracy(path, path) for path in paths]))
 
 
 # --- polar, ranks, clusters ------------------------------------------------------------------------------------------

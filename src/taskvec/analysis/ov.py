@@ -8,8 +8,8 @@ norm's scale s(h) of the stream h that the head reads, both as in the run with t
 which is put in there, in all heads of layers l + 1 to m, in place of theta. Beside it stand: the weights left out
 (c = 1); the norm left to the vector itself (s(theta)); all gains at once, summed up at layer l; what MLPs make of
 theta (MLP(h + theta) - MLP(h)), put in the same way; and necessity: theta stays, and every gain is taken out. The null
-is a random vector of equal norm (the mean over `DRAWS` of them), whose gains, as they are in a run with it, are put in,
-or taken out beside theta.
+is a random vector of equal norm (the mean over `DRAWS` of them), whose gains are put in, or taken out beside theta (the
+weights and scales then being those of the run with theta).
 
 W_V theta needs no weights' names: attention over one token is its OV circuit, so it is read off the model's own
 one-token pass (grouped queries, fused projections and all). How the norm scales is found the same way, by trying. A
@@ -56,8 +56,9 @@ def ov(subject: Subject) -> Finding:
         wanted = f"a vector below layer {top}, with heads above it"
         raise InputError(wanted, f"one at {subject.edit.site}", "analyse one of an earlier layer")
     check_heads(subject)
-    found: Found = [({"vector": VECTOR, **of}, share(hits)) for of, hits in _measured(Path(subject, subject.direction))]
-    nulls = [list(_measured(Path(subject, subject.random(number)))) for number in range(DRAWS)]
+    own = Path(subject, subject.direction)
+    found: Found = [({"vector": VECTOR, **of}, share(hits)) for of, hits in _measured(own, own)]
+    nulls = [list(_measured(Path(subject, subject.random(number)), own)) for number in range(DRAWS)]
     for same in zip(*nulls, strict=True):
         hits = torch.stack([hits.float() for _, hits in same]).mean(0)
         found.append(({"vector": NULL, **same[0][0]}, average(hits)))
@@ -111,14 +112,15 @@ class Path:
         read = values(self.subject.lm, torch.stack([self.row, torch.zeros_like(self.row)]))
         return read[0] - read[1]
 
-    def gains(self, *, weighted: bool = True, own_scale: bool = False) -> Gains:
-        """What the heads of each layer above gain."""
+    def gains(self, *, weighted: bool = True, own_scale: bool = False, run: "Path | None" = None) -> Gains:
+        """What the heads of each layer above gain, in the run with the row or with another one."""
+        run = run or self
         n, alone = len(self.subject.bare), self.scale(self.row[None])[0]
         out = dict[int, Tensor]()
         for layer in self.above:
             rows = self.values[layer].reshape(self.subject.lm.n_heads, -1).expand(n, -1, -1)
-            rows = rows if own_scale else rows * (alone / self.scales[layer])[:, None, None]
-            out[layer] = (rows * self.weights[:, layer, :, None] if weighted else rows).flatten(1)
+            rows = rows if own_scale else rows * (alone / run.scales[layer])[:, None, None]
+            out[layer] = (rows * run.weights[:, layer, :, None] if weighted else rows).flatten(1)
         return out
 
     def through_mlps(self) -> Gains:
@@ -185,18 +187,17 @@ def _post_normed(lm: LM) -> bool:
     return block.attn is None or all(part is not block.out_projection for part in block.attn.modules())
 
 
-def _measured(path: Path) -> Iterator[tuple[Cells, Bool[Tensor, " n"]]]:
-    """Which items are right, by what is put in, or taken out beside the subject's vector."""
+def _measured(path: Path, own: Path) -> Iterator[tuple[Cells, Bool[Tensor, " n"]]]:
+    """Which items are right, by what is put in, or taken out beside the subject's own vector."""
     subject = path.subject
-    own = subject.added(subject.direction, subject.layer)
-    gains, mlps = path.gains(), path.through_mlps()
+    gains, beside, mlps = path.gains(), path.gains(run=own), path.through_mlps()
     steps = np.linspace(path.above[0], path.above[-1], min(STEPS, len(path.above))).round().astype(int).tolist()
     whole = dict[str, Tensor]()  # of the last step: all layers
     for layer in dict.fromkeys(steps):
         for part, way, vectors in (
             ("instead", "ov", _edits(subject, "heads", gains, layer)),
             ("instead", "mlp", _edits(subject, "mlp", mlps, layer)),
-            ("beside", "without ov", _edits(subject, "heads", gains, layer, beside=own)),
+            ("beside", "without ov", _edits(subject, "heads", beside, layer, beside=own.vector)),
         ):
             whole[way] = subject.hits(vectors)
             yield {"part": part, "way": way, "layer": layer}, whole[way]
