@@ -137,13 +137,16 @@ def seen(says: str, gap: Callable[[Cell], float], least: float = 0.0) -> Callabl
     is above `least`, not where it is below."""
 
     def find() -> Found:
-        tasks = {task: [model for model in MODELS if task in analysed(model)] for task in analysed(MODEL)}
-        if len(tasks) < 2:
+        gaps = {(model, task): gap((model, task)) for model in MODELS for task in analysed(model)}
+        by_task, by_model = (
+            {one: float(np.mean([v for cell, v in gaps.items() if cell[at] == one])) for one in dict.fromkeys(names)}
+            for at, names in ((1, [task for _, task in gaps]), (0, [model for model, _ in gaps]))
+        )
+        if len(by_task) < 2:
             return Found("not measured yet", NOT_HERE)
-        gaps = {task: [gap((model, task)) for model in models] for task, models in tasks.items()}
-        found = over([float(np.mean(some)) for some in gaps.values()])
-        text = f"{says}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], {len(gaps)} tasks"
-        own = (f"{model} {np.mean([gap((model, task)) for task in tasks]):.2f}" for model in MODELS if analysed(model))
+        found = over(list(by_task.values()))
+        text = f"{says}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}], {len(by_task)} tasks"
+        own = (f"{model} {mean:.2f}" for model, mean in by_model.items())
         verdict = YES if found.low > least else NO if found.high < least else UNSURE
         return Found(f"{text} ({', '.join(own)}); asked for: above {least:g}", verdict)
 

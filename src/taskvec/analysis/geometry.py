@@ -103,14 +103,14 @@ def cosines(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
 
 
 def _similar(shelf: Shelf) -> Iterator[tuple[Cells, Metric]]:
-    kinds = dict[str, list[tuple[int, int]]]()
-    for i, j in combinations(range(len(shelf.rows)), 2):
+    every = list(combinations(range(len(shelf.rows)), 2))
+    table, kinds = cosines(shelf.rows), dict[str, list[tuple[int, int]]]()
+    for i, j in every:
         named = (("task", shelf.tasks), ("layer", shelf.layers), ("method", shelf.methods))
         same = ", ".join(name for name, of in named if of[i] == of[j])
         kinds.setdefault(f"same {same}" if same else "nothing the same", []).append((i, j))
     for name, pairs in sorted(kinds.items()):
-        yield {"measure": "cosine", "of": name, "kind": "vectors"}, paired(cosines(shelf.rows), pairs)
-    every = list(combinations(range(len(shelf.rows)), 2))
+        yield {"measure": "cosine", "of": name, "kind": "vectors"}, paired(table, pairs)
     yield {"measure": "cosine", "of": "random directions", "kind": "null"}, paired(cosines(_random(shelf.rows)), every)
 
 

@@ -183,12 +183,12 @@ def _by_strength(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
 
 
 def _by_layer(subject: Subject) -> Iterator[tuple[Cells, Metric]]:
-    vector, depth = subject.direction, subject.lm.n_layers
+    vector, depth, maps = subject.direction, subject.lm.n_layers, jacobians(subject)
     layers = sorted({*np.linspace(0, depth - 1, min(LAYERS, depth)).round().astype(int).tolist(), subject.layer})
     random = torch.stack([subject.random(number) for number in range(RANDOM)])
     rows = torch.stack([vector, 2 * vector, *random, *(vector + one for one in random)])
     for layer in layers:
-        found, image = shifts(subject, layer, rows), rows @ jacobians(subject)[layer].T
+        found, image = shifts(subject, layer, rows), rows @ maps[layer].T
         mean, at = found.mean(1), {"layer": layer}
         first, nulls, sums = slice(0, 1), slice(2, 2 + RANDOM), slice(2 + RANDOM, None)
         for by, some in (("J, the vector", first), ("J, random vectors", nulls), ("J, sums", sums)):
